@@ -55,16 +55,11 @@ from quantizers.pruning import (
     ChannelGroups,
     Criterion,
     MainSubsidiary,
-<<<<<<< HEAD
     Ranking,
+    apply_kept,
     channel_groups,
     criterion_names,
     criterion_rows,
-    kept_channels,
-=======
-    apply_kept,
-    channel_groups,
->>>>>>> wt-groups
     kept_share,
     layerwise_pruning,
     mask_channels,

@@ -31,7 +31,7 @@ import quantizers as Q
 from haq.networks import split_name
 from haq.networks.building import build_as_file_says, shapes_of
 from haq.networks.network import Network, output_count
-from haq.networks.pruned import CHANNELS, channels_note, read_channels, shrunk
+from haq.networks.pruned import CHANNELS, SIZES, channels_notes, read_channels, shrunk
 from haq.store import torch_files
 from haq.store.files import check_file, check_schema, kind_of, quoted, write
 from hw_models import trust
@@ -65,6 +65,7 @@ RESERVED = (
     "structure",
     "residuals",
     CHANNELS,
+    SIZES,
 )
 # The ends of the names of tensors that must be finite. What else a scheme keeps is its own affair: borders are infinite.
 FINITE = ("weight", "bias", "running_mean", "running_var", "_scale", "_clip", "_offset", "_signed", "_error", "codebook")
@@ -126,7 +127,7 @@ def save_quantized(
     header["structure"] = structure(qnetwork)
     if Q.residual_quantizers(qnetwork):
         header["residuals"] = json.dumps(Q.residual_places(qnetwork))
-    header |= channels_note(qnetwork)
+    header |= channels_notes(qnetwork)
     header |= _free(notes)
     tensors = _contiguous(qnetwork.state_dict())
     for key, tensor in _contiguous(Q.quantizer_state(qnetwork)).items():
@@ -531,8 +532,9 @@ def _with_channels(header: Header, module: nn.Module) -> nn.Module:
     if CHANNELS not in header.notes:
         return module
     try:
-        _check_length(header, CHANNELS, MOST_NOTE)
-        return shrunk(module, float_tensors(header.shapes), read_channels(header.notes[CHANNELS]))
+        for name in (CHANNELS, SIZES):
+            _check_length(header, name, MOST_NOTE)
+        return shrunk(module, float_tensors(header.shapes), read_channels(header.notes))
     except _WRONG as error:
         raise ValueError(f"{header.path} isn't of this network with fewer channels: {_short(error)}") from error
 

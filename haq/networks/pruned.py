@@ -1,53 +1,84 @@
 """Networks of fewer channels in files: which channels are kept, and the float network brought to the sizes of the tensors.
 
-A file tells the channels that are kept of every group in its header, under "channels": {group: [numbers]}. What the layers
-look like then follows from the shapes of the tensors alone, so that nothing is traced to read it.
+A file tells the channels that are kept of every group in its header, under "channels": {group: [numbers]}, and under
+"channel_sizes" how many channels every group has, and in runs of how many they are kept: {group: [channels, unit]}. What the
+layers look like then follows from the shapes of the tensors alone, so that nothing is traced to read it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 import quantizers as Q
 from haq.store.files import kind_of, quoted
-from quantizers.pruning.removal import RECORD
+from quantizers.kept import channel_sizes, record_kept
+from quantizers.pruning.channels import IN, OUT
+from quantizers.pruning.layers import FOLLOWED, has_one_input_per_group, is_depthwise, set_size
 
 MOST_GROUPS = 10_000
-MOST_CHANNELS = 2**20  # of a network, that are named
-CHANNELS = "channels"  # the key of the header
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+MOST_CHANNELS = 2**20  # of a network
+CHANNELS, SIZES = "channels", "channel_sizes"  # keys of the header
 
 Shape = tuple[int, ...]
-Kept = dict[str, tuple[int, ...]]
 
 
-def channels_note(network: nn.Module) -> dict[str, str]:
+class Kept(NamedTuple):
+    """What of a network's channels is kept.
+
+    Attributes:
+        channels: Their numbers by group, in rising order; groups that keep all aren't named.
+        sizes: How many channels every group has, and in runs of how many they are kept.
+    """
+
+    channels: dict[str, tuple[int, ...]]
+    sizes: dict[str, tuple[int, int]]
+
+
+def channels_notes(network: nn.Module) -> dict[str, str]:
     """Return what a header says of the channels that a network keeps; nothing of one that keeps all."""
     kept = Q.kept_channels(network)
     if not kept:
         return {}
-    return {CHANNELS: json.dumps({name: list(channels) for name, channels in kept.items()})}
+    channels = {name: list(numbers) for name, numbers in kept.items()}
+    return {CHANNELS: json.dumps(channels), SIZES: json.dumps(channel_sizes(network))}
 
 
-def read_channels(text: str) -> Kept:
+def read_channels(notes: Mapping[str, str]) -> Kept:
     """Read what a header says of the channels that are kept.
 
     Args:
-        text: The note, from anywhere; its length is bounded by whoever reads the file.
+        notes: The header, from anywhere; how long its notes are is bounded by whoever reads the file.
 
     Returns:
-        The numbers of the channels by group, in rising order.
+        What is kept.
 
     Raises:
         ValueError: In a sentence, for anything else.
     """
+    channels, sizes = _mapping(notes[CHANNELS]), _mapping(notes.get(SIZES, "null"))
+    for name, size in sizes.items():
+        are_numbers = isinstance(size, list) and [type(one) for one in size] == [int, int]
+        if not are_numbers or not 0 < size[1] <= size[0] <= MOST_CHANNELS or size[0] % size[1]:
+            raise ValueError(
+                f"its group {quoted(name)} of channels is {quoted(size)}; it must be how many there are, and in runs of how "
+                "many they are kept"
+            )
+    kept = {}
+    for name, numbers in channels.items():
+        if name not in sizes:
+            raise ValueError(f"its channels are of group {quoted(name)}, of which it doesn't say how many there are")
+        kept[name] = _numbers(name, numbers, *sizes[name])
+    return Kept(kept, {name: (size[0], size[1]) for name, size in sizes.items()})
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """Read what a note says by group of channels. Raises ValueError for anything but a mapping of lists, and for a large one."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -56,167 +87,105 @@ def read_channels(text: str) -> Kept:
         raise ValueError(f"its channels are {kind_of(content)}, where lists of numbers by group are wanted")
     if len(content) > MOST_GROUPS or sum(len(one) for one in content.values() if isinstance(one, list)) > MOST_CHANNELS:
         raise ValueError(f"its channels are of more than {MOST_GROUPS:,} groups, or more than {MOST_CHANNELS:,}")
-    return {name: _numbers(name, channels) for name, channels in content.items()}
+    return content
 
 
-def _numbers(name: str, channels: Any) -> tuple[int, ...]:
-    wanted = "a list of whole numbers from 0, each larger than the one before"
-    if not isinstance(channels, list) or not channels:
-        raise ValueError(f"its channels of group {quoted(name)} are {quoted(channels)}; they must be {wanted}")
+def _numbers(name: str, numbers: Any, channels: int, unit: int) -> tuple[int, ...]:
+    """Return the numbers of the channels that a group keeps. Raises ValueError for what can't be such numbers.
+
+    Args:
+        name: The group.
+        numbers: From anywhere.
+        channels: How many channels there are.
+        unit: In runs of how many they are kept.
+    """
+    refused = f"its channels of group {quoted(name)}"
+    wanted = f"whole numbers from 0 to {channels - 1}, each larger than the one before"
+    if not isinstance(numbers, list) or not numbers:
+        raise ValueError(f"{refused} are {quoted(numbers)}; they must be {wanted}")
     before = -1
-    for number in channels:
-        if type(number) is not int or not before < number < MOST_CHANNELS:
-            raise ValueError(f"its channels of group {quoted(name)} have {quoted(number)}; they must be {wanted}")
+    for number in numbers:
+        if type(number) is not int or not before < number < channels:
+            raise ValueError(f"{refused} have {quoted(number)}; they must be {wanted}")
         before = number
-    return tuple(channels)
+    if len({number // unit for number in numbers}) * unit != len(numbers):
+        raise ValueError(f"{refused} aren't whole runs of {unit}, in which they are kept")
+    return tuple(numbers)
 
 
 def shrunk(module: nn.Module, shapes: Mapping[str, Shape], kept: Kept) -> nn.Module:
-    """Make a copy of a float network with the sizes that its layers have in a file, and the channels that it keeps noted.
+    """Make a copy of a float network with the sizes that its tensors have in a file, which knows the channels that it keeps.
 
-    Its weights are those of the file's shapes, of any values: whoever calls fills them.
+    Its tensors have any values: whoever calls fills them.
 
     Args:
         module: The float network, which stays as it is. One that keeps these channels already is returned itself.
         shapes: Those of the file's float tensors, by name.
-        kept: The channels that are kept, by group.
+        kept: The channels that are kept.
 
     Returns:
         The smaller network.
 
     Raises:
-        ValueError: In a sentence, where the shapes or the channels can't be those of such a network with fewer channels.
+        ValueError: In a sentence, for shapes that no network with fewer channels has.
     """
-    if Q.kept_channels(module) == kept:
+    if Q.kept_channels(module) == kept.channels:
         return module
     if Q.kept_channels(module):
         raise ValueError("the network that is given lost other channels: give the network that it was pruned from")
     made = Q.copy_network(module)
-    with torch.no_grad():
-        for name, part in made.named_modules():
-            prefix = ""
-            if name:
-                prefix = f"{name}."
-            _resize(part, prefix, shapes)
-    for name, channels in kept.items():
-        _check_group(module, name, channels)
-    setattr(made, RECORD, dict(kept))
+    for name, part in made.named_modules():
+        prefix = ""
+        if name:
+            prefix = f"{name}."
+        if _resize(part, prefix, shapes) and isinstance(part, FOLLOWED):
+            _set_sizes(part)
+    record_kept(module, made, kept.sizes, kept.channels)
     return made
 
 
-class _Size(NamedTuple):
-    """A module's sizes: of what it writes and of what it reads."""
-
-    outputs: int
-    inputs: int
-
-
-def _resize(part: nn.Module, prefix: str, shapes: Mapping[str, Shape]) -> None:
-    """Bring a module to the shapes that its own tensors have in a file."""
-    tensors = {**dict(part.named_parameters(recurse=False)), **dict(part.named_buffers(recurse=False))}
-    differing = [name for name, tensor in tensors.items() if shapes.get(prefix + name, tensor.shape) != tuple(tensor.shape)]
-    if not differing:
-        return
-    name = differing[0]
-    shape = shapes[prefix + name]
-    refused = (
-        f"{quoted(prefix + name)} of shape {tuple(shape)}, which {tuple(tensors[name].shape)} can't become by leaving "
-        "channels out"
-    )
-    size = _size_of(part, shape, shapes.get(f"{prefix}weight"))
-    if size is None:
-        raise ValueError(f"it has {refused}")
+@torch.no_grad()
+def _resize(part: nn.Module, prefix: str, shapes: Mapping[str, Shape]) -> bool:
+    """Bring a module's own tensors to the shapes that they have in a file; returns whether one had another."""
+    tensors: dict[str, Tensor] = {}
+    tensors.update(part.named_parameters(recurse=False))
+    tensors.update(part.named_buffers(recurse=False))
+    changed = False
     for name, tensor in tensors.items():
-        expected = _expected(name, tuple(tensor.shape), part, size)
-        if shapes.get(prefix + name, tuple(tensor.shape)) != expected:
-            raise ValueError(f"it has {refused}")
-        if expected == tuple(tensor.shape):
+        whole = tuple(tensor.shape)
+        shape = tuple(shapes.get(prefix + name, whole))
+        if shape == whole:
             continue
-        smaller = tensor.new_zeros(expected)
+        if len(shape) != len(whole) or any(not 0 < size <= most for size, most in zip(shape, whole, strict=True)):
+            raise ValueError(
+                f"it has {quoted(prefix + name)} of shape {shape}, which {whole} can't become by leaving channels out"
+            )
+        smaller = tensor.new_zeros(shape)
         if isinstance(tensor, nn.Parameter):
-            part.register_parameter(name, nn.Parameter(smaller, tensor.requires_grad))
+            setattr(part, name, nn.Parameter(smaller, tensor.requires_grad))
         else:
-            part.register_buffer(name, smaller, name not in part._non_persistent_buffers_set)
-    _set_sizes(part, size)
+            setattr(part, name, smaller)
+        changed = True
+    return changed
 
 
-def _size_of(part: nn.Module, differing: Shape, shape: Shape | None) -> _Size | None:
-    """Return the sizes that a module has in a file.
-
-    Args:
-        part: The module.
-        differing: The shape there of one of its tensors that has another here.
-        shape: The shape there of its weight, if it has one.
-
-    Returns:
-        The sizes; None if it can't get there by leaving channels out.
-    """
-    if isinstance(part, _BatchNorm | _InstanceNorm | nn.PReLU):
-        return _of_channels(part, differing)
-    if shape is None or not isinstance(part, (*CONVOLUTIONS, nn.Linear)):
-        return None
-    whole = tuple(part.weight.shape)
-    fits = len(shape) == len(whole) and tuple(shape[2:]) == whole[2:]
-    if not fits or not 0 < shape[0] <= whole[0] or not 0 < shape[1] <= whole[1]:
-        return None
-    if isinstance(part, nn.Linear):
-        return _Size(shape[0], shape[1])
-    if _is_depthwise(part):
-        return _Size(shape[0], shape[0])
-    if shape[0] % part.groups:
-        return None
-    return _Size(shape[0], shape[1] * part.groups)
-
-
-def _of_channels(part: Any, shape: Shape) -> _Size | None:
-    """Return the sizes of a norm, or of an activation with a weight for each channel."""
-    if isinstance(part, nn.PReLU):
-        whole = part.num_parameters
-    else:
-        whole = part.num_features
-    if len(shape) != 1 or not 0 < shape[0] <= whole:
-        return None
-    return _Size(shape[0], shape[0])
-
-
-def _is_depthwise(part: Any) -> bool:
-    """Say whether a convolution makes each channel of the same channel of its input."""
-    return bool(part.groups == part.in_channels == part.out_channels > 1)
-
-
-def _expected(name: str, whole: Shape, part: nn.Module, size: _Size) -> Shape:
-    """Return the shape that a tensor of a module has at its sizes."""
-    if not whole:
-        return whole  # a counter
-    if name != "weight" or len(whole) == 1:
-        return (size.outputs,)
-    inputs = whole[1]
-    if not isinstance(part, CONVOLUTIONS):
-        inputs = size.inputs
-    elif not _is_depthwise(part):
-        inputs = size.inputs // part.groups
-    return (size.outputs, inputs, *whole[2:])
-
-
-def _set_sizes(part: Any, size: _Size) -> None:
-    if isinstance(part, nn.PReLU):
-        part.num_parameters = size.outputs
+def _set_sizes(part: Any) -> None:
+    """Write down how many channels a module has, by the shapes of its tensors."""
+    tensors = (*part.parameters(recurse=False), *part.buffers(recurse=False))
+    first = next(tensor.shape for tensor in tensors if tensor.dim())
+    if isinstance(part, _ConvTransposeNd):
+        counts = {IN: first[0], OUT: first[1] * part.groups}
+    elif isinstance(part, _ConvNd):
+        counts = {OUT: first[0], IN: first[1] * part.groups}
+        if is_depthwise(part):
+            counts = {OUT: first[0]}
+        elif has_one_input_per_group(part):
+            counts = {IN: first[0] * part.in_channels // part.out_channels, OUT: first[0]}
     elif isinstance(part, nn.Linear):
-        part.out_features, part.in_features = size.outputs, size.inputs
-    elif isinstance(part, CONVOLUTIONS):
-        if _is_depthwise(part):
-            part.groups = size.outputs
-        part.out_channels, part.in_channels = size.outputs, size.inputs
+        counts = {OUT: first[0], IN: first[1]}
+    elif isinstance(part, nn.Embedding):
+        counts = {OUT: first[1]}
     else:
-        part.num_features = size.outputs
-
-
-def _check_group(module: nn.Module, name: str, channels: Sequence[int]) -> None:
-    """Raise ValueError for channels that a group of a network can't have, which is named after the layer that writes them."""
-    layer = name.partition("#")[0]
-    modules = dict(module.named_modules())
-    if layer not in modules:
-        raise ValueError(f"its channels are of {quoted(name)}, and there is no such layer")
-    weight = getattr(modules[layer], "weight", None)
-    if not isinstance(weight, torch.Tensor) or not weight.dim() or channels[-1] >= weight.shape[0]:
-        raise ValueError(f"its channels of group {quoted(name)} go up to {channels[-1]}, which that layer doesn't have")
+        counts = {OUT: first[0]}
+    for dim, count in counts.items():
+        set_size(part, dim, count)

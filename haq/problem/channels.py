@@ -130,7 +130,9 @@ class ChannelProblem(Problem):
                 "targets: choose another criterion, such as l1 or fpgm"
             )
         if running_norms(network) and sum(map(samples_in, self.calibration)) < 2:
-            raise ValueError("`calibrate` has one sample, by which norms of a smaller network have no variance: give 2 or more")
+            raise ValueError(
+                "`calibrate` has one sample, by which norms of a smaller network have no variance: give 2 or more"
+            )
         given = example
         if forward is None:
             given = inputs_of(example, network)

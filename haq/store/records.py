@@ -670,7 +670,10 @@ class ChannelsRecord(Record):
 
 
 def shares_words(shares: Sequence[float]) -> str:
-    """Write shares of channels, the smallest first: "0.25, 0.5 or 1"."""
+    """Write shares of channels, the smallest first: "0.25, 0.5 or 1", and of a whole range "0.25 to 1 in eighths"."""
+    eighths = [8 * share for share in shares]
+    if len(shares) > 2 and eighths == [eighths[0] + step for step in range(len(shares))] and eighths[0].is_integer():
+        return f"{shares[0]:g} to {shares[-1]:g} in eighths"
     return join_words([f"{share:.4g}" for share in shares], "or")
 
 

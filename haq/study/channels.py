@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 import quantizers as Q
 from haq.problem.channels import ChannelProblem
-from haq.problem.limits import OutOfReach
+from haq.problem.budget import OutOfReach
 from haq.problem.problem import Problem
 from haq.store.records import ChannelsRecord
 from haq.store.units import describe_amount, finite
 from haq.study.config import SearchConfig
 from hw_models.widths import places
+from quantizers.kept import check_pruned_to
 
 
 def check_installed(config: SearchConfig) -> None:
@@ -60,13 +62,10 @@ def bits_only(problem: Problem) -> Problem:
     if not isinstance(problem, ChannelProblem):
         return problem
     alone = problem.at({})
-    for limit in alone.limits:
-        least = alone.smallest
-        if limit.metric != alone.metric:
-            least = limit.smallest
-        if not limit.holds(least):
-            amounts = [describe_amount(amount, limit.metric) for amount in (least, limit.amount)]
-            raise OutOfReach(f"with all channels {limit.metric} is at least {amounts[0]}, and {amounts[1]} is the budget")
+    limit = alone.limits[0]
+    if limit.is_given and not limit.holds(alone.smallest):
+        least, amount = (describe_amount(amount, limit.metric) for amount in (alone.smallest, limit.amount))
+        raise OutOfReach(f"with all channels {limit.metric} is at least {least}, and the budget is {amount}")
     if alone.several is not None and alone.several.conflict() is not None:
         raise OutOfReach("with all channels the budgets can't be met together")
     return alone
@@ -127,6 +126,14 @@ def check_keep(policy: Q.BitPolicy, problem: Problem, source: Path) -> None:
         raise ValueError(f"{source}: {error}") from error
 
 
+def check_keeps(qnetwork: nn.Module, policy: Q.BitPolicy) -> None:
+    """Raise ValueError, naming the group, unless a network has as many channels as a policy keeps."""
+    kept = Q.kept_channels(qnetwork)
+    if kept and not policy.keep:
+        raise ValueError(f"the policy keeps all channels, and the network lost some of group {next(iter(kept))[:80]!r}")
+    check_pruned_to(qnetwork, policy.keep)
+
+
 def allows_keep(policy: Q.BitPolicy, problem: Problem) -> bool:
     """Say whether what a policy keeps of channels can be chosen in a problem."""
     try:
@@ -149,7 +156,7 @@ def pruning_entry(problem: Problem) -> dict[str, Any]:
         }
         for decision in problem.channel_decisions
     ]
-    entry = {"criterion": problem.criterion.name, "groups": groups, "fixed": dict(problem.channel_groups.fixed)}
+    entry = {"criterion": problem.criterion.name, "groups": groups, "fixed": dict(problem.not_pruned)}
     return {"pruning": entry}
 
 

@@ -758,13 +758,13 @@ class SearchConfig(_Config):
                 )
             return
         # They need torch, which nobody needs who prunes nothing.
-        from haq.problem.channels import read_shares
+        from haq.problem.shares import read_shares
         from quantizers.pruning import Criterion
 
         try:
             read_shares(self.prune)
         except ValueError as error:
-            raise ValueError(f"--prune: {error}") from None
+            raise ValueError(f"--{error}") from None
         if not _is_code("criterion", self.criterion_name):
             Criterion.named(self.criterion_name, modules=False)
 

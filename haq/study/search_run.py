@@ -53,7 +53,7 @@ from haq.store.lock import check_can_be_made, is_held
 from haq.store.records import ConfigRecord, PolicyRecord, ProblemRecord, ResultRecord
 from haq.store.shell import command_line
 from haq.study import known_trials
-from haq.study.channels import check_keep, group_count, group_names, is_joint, kept_shares
+from haq.study.channels import check_keep, check_keeps, group_count, group_names, is_joint, kept_shares
 from haq.study.known_trials import KnownTrial, KnownTrials
 from haq.study.task import (
     LoadedNetwork,
@@ -603,7 +603,7 @@ class SearchRun:
             raise ValueError(f"{path} doesn't hold the network of this run ({error}): {remedy}") from error
         if name == CHECKPOINT:
             remedy = f"delete {path} and use {self._finetune_command}"
-            check_same_policy(self.folder / POLICY, self.load_policy(), path, Q.get_policy(qnetwork), remedy)
+            check_network(self.folder / POLICY, self.load_policy(), path, qnetwork, remedy)
         return qnetwork
 
     @property
@@ -689,6 +689,23 @@ def check_same_policy(path: Path, policy: Q.BitPolicy, other: Path, its: Q.BitPo
         f"{path} has {_widths(policy.get(name))} bits for layer {name[:60]!r}, {other} is of {_widths(its.get(name))}: put "
         f"{path.name} back as it was, or {remedy}"
     )
+
+
+def check_network(path: Path, policy: Q.BitPolicy, other: Path, qnetwork: nn.Module, remedy: str) -> None:
+    """Raise ValueError, naming what differs, unless the network of a file has the bits and channels of a policy.
+
+    Args:
+        path: The file of the policy.
+        policy: The policy.
+        other: The file of the network.
+        qnetwork: The network.
+        remedy: What to do but put the first file back.
+    """
+    check_same_policy(path, policy.with_keep(None), other, Q.get_policy(qnetwork), remedy)
+    try:
+        check_keeps(qnetwork, policy)
+    except ValueError as error:
+        raise ValueError(f"{path} and {other}: {error}; put {path.name} back as it was, or {remedy}") from error
 
 
 def _check_same_keep(path: Path, keep: Mapping[str, float], other: Path, its: Mapping[str, float], remedy: str) -> None:

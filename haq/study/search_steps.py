@@ -17,7 +17,7 @@ import quantizers as Q
 from haq import training
 from haq.attacks.threat_model import parse_eps
 from haq.console.progress import Live, follow_steps, follow_training
-from haq.problem.limits import OutOfReach
+from haq.problem.budget import OutOfReach
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities

@@ -45,7 +45,7 @@ from haq.study.channels import channels_of, is_joint
 from haq.study.known_trials import check_uses_trials, gather
 from haq.study.picture import draw_policy, save_picture
 from haq.study.result import budgets_used, choice_entry, costs, racing_entries
-from haq.study.search_run import check_same_policy, history_row, other_metrics, policy_of
+from haq.study.search_run import check_network, history_row, other_metrics, policy_of
 from haq.study.tables import PolicyTable, best_words, share_words
 from haq.study.task import goal_of, objective_of, outline, versions
 from haq.study.workers.processes import working
@@ -520,7 +520,7 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
         made = load_quantized(there[0], network)
         if (path / POLICY).exists():
             kept = policy_of(PolicyRecord.read(path / POLICY))
-            check_same_policy(path / POLICY, kept, there[0], Q.get_policy(made), "name the network's file")
+            check_network(path / POLICY, kept, there[0], made, "name the network's file")
         return made
     return load_quantized(path, network)
 

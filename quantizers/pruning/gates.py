@@ -18,7 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 from quantizers.batches import BATCH, Batches, batches_of, called, copied, prepared
 from quantizers.calling import Forward, count_of, device_of, inputs_of, samples, targets_of, to_device
 from quantizers.copying import evaluating
-from quantizers.pruning.groups import ChannelGroup, ChannelGroups, is_depthwise
+from quantizers.pruning.channels import ChannelGroup, ChannelGroups
+from quantizers.pruning.layers import is_depthwise
 
 
 @torch.inference_mode(False)
