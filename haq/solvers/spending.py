@@ -10,6 +10,7 @@ from haq.problem.problem import Problem
 from haq.solvers import PLAN
 from haq.solvers.base import Solver, Spending
 from haq.solvers.cheapest import MEASURED
+from haq.solvers.joint_space import option_counts
 from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
 
 PER_ROOT = 24  # evaluations for the root of a bit of choice
@@ -20,7 +21,7 @@ MINUTE, HOUR = 60, 3600  # seconds
 def proposed(problem: Problem) -> int:
     """Propose how many policies a solver should evaluate, by what there is to decide.
 
-    That is 24 times the root of the choice in bits, the sum over free decisions (of widths, and of channels) of log2(options), to the nearest ten: 200 for
+    That is 24 times the root of the choice in bits, the sum over free decisions of log2(options), to the nearest ten: 200 for
     12 layers of 49 pairs of widths each, 420 for 54 and 980 for 300; but never more than there are policies. What is found
     grows with the logarithm of what is tried, and what solvers learn of one layer helps with others: less than twice as much
     for twice as many layers is enough to be as near to the best.
@@ -31,8 +32,7 @@ def proposed(problem: Problem) -> int:
     Returns:
         The number.
     """
-    counts = [len(decision.pairs) for decision in problem.decisions]
-    counts += [len(decision.shares) for decision in getattr(problem, "channel_decisions", ())]
+    counts = option_counts(problem)
     choice = sum(map(math.log2, counts))
     found = max(STEP * round(PER_ROOT * math.sqrt(choice) / STEP), STEP)
     if choice < math.log2(found):
