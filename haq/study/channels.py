@@ -11,8 +11,8 @@ import numpy as np
 from torch import nn
 
 import quantizers as Q
-from haq.problem.channels import ChannelProblem
 from haq.problem.budget import OutOfReach
+from haq.problem.channels import ChannelProblem
 from haq.problem.problem import Problem
 from haq.store.records import ChannelsRecord
 from haq.store.units import describe_amount, finite
