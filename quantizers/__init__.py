@@ -32,6 +32,7 @@ from quantizers.ensemble import Ensemble, bagging, boosting
 from quantizers.equalization import ChannelClamp, equalize, smooth
 from quantizers.folding import fold_batch_norm, fold_shifts
 from quantizers.functional import MAX_BITS, WIDTHS, dequantize, fake_quantize, integer_range, quantize_tensor, row_of
+from quantizers.kept import kept_channels
 from quantizers.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
 from quantizers.left_in_float import LeftInFloat
 from quantizers.network import (
@@ -53,8 +54,8 @@ from quantizers.pruning import (
     ChannelGroup,
     ChannelGroups,
     MainSubsidiary,
+    apply_kept,
     channel_groups,
-    kept_channels,
     kept_share,
     layerwise_pruning,
     mask_channels,
@@ -126,6 +127,7 @@ __all__ = [
     "Wiring",
     "activation_scales",
     "add_residual_quantizers",
+    "apply_kept",
     "backward_mode",
     "bagging",
     "binarize",

@@ -1,5 +1,7 @@
 """What of a network isn't needed: groups of channels, criteria that say which, and binary filters whose masks are off."""
 
+from quantizers.kept import kept_channels
+from quantizers.pruning.channels import ChannelGroup, ChannelGroups, Member
 from quantizers.pruning.filters import (
     MainSubsidiary,
     WithConstants,
@@ -8,8 +10,8 @@ from quantizers.pruning.filters import (
     masked_layers,
     remove_filters,
 )
-from quantizers.pruning.groups import ChannelGroup, ChannelGroups, Member, channel_groups
-from quantizers.pruning.removal import kept_channels, mask_channels, remove_channels
+from quantizers.pruning.groups import apply_kept, channel_groups
+from quantizers.pruning.removal import mask_channels, remove_channels
 
 __all__ = [
     "ChannelGroup",
@@ -17,6 +19,7 @@ __all__ = [
     "MainSubsidiary",
     "Member",
     "WithConstants",
+    "apply_kept",
     "channel_groups",
     "kept_channels",
     "kept_share",
