@@ -44,7 +44,7 @@ from haq.study.config import (
     scheme_parts,
 )
 from haq.training.adversaries import STEPS, Adversary
-from haq.training.methods import METHODS, build_method
+from haq.training.methods import METHODS, as_method, build_method
 from haq.training.optimizers import SCHEDULES, check_optimizer, check_schedule, usual_rate
 from hw_models import trust
 
@@ -706,6 +706,7 @@ def _train(
         amp=options.amp,
     )
     judge = _judge(network, dataset, objective, adversary)
+    method = as_method(options.method)
     before: training.Judgement | None = None
     untrained = network.module
     # What training is to make of a network beside its accuracy isn't seen in how it was before.
@@ -739,7 +740,7 @@ def _train(
             config,
             objective=objective,
             loss=named_loss(options.loss),
-            method=options.method,
+            method=method,
             state=state,
             judge=judge,
             before=before,
@@ -754,6 +755,8 @@ def _train(
             Q.load_quantizer_state(network.module, Q.quantizer_state(untrained))
     if events is not None:
         events.close()
+    for sentence in method.report():
+        say(output.results, sentence)
     if clipping is not None:
         share = percent(clipping.mean_share, 3)
         say(output.results, f"one-bit weights that clipping changed: {share} at each step, on average")
