@@ -105,6 +105,7 @@ from quantizers.pruning import (
     layerwise_pruning,
     mask_channels,
     masked_layers,
+    prune,
     remove_channels,
     remove_filters,
 )
@@ -222,6 +223,7 @@ __all__ = [
     "masked_layers",
     "operator_norm",
     "pact_penalty",
+    "prune",
     "quant_layers",
     "quantize",
     "quantize_tensor",

@@ -1,30 +1,18 @@
 """What of a network isn't needed: groups of channels, criteria that say which, and binary filters whose masks are off."""
 
-from quantizers.kept import (
-    kept_channels,
-)
-from quantizers.pruning.channels import (
-    ChannelGroup,
-    ChannelGroups,
-    Member,
-)
+from quantizers.kept import kept_channels
+from quantizers.pruning.channels import ChannelGroup, ChannelGroups, Member
 from quantizers.pruning.criteria import (
     L1,
     L2,
     BatchNormScale,
+    CollaborativeChannels,
     GeometricMedian,
     KernelSparsityEntropy,
     Random,
     Taylor,
 )
-from quantizers.pruning.criterion import (
-    Criterion,
-    Ranking,
-    ScoreRanking,
-    criterion_names,
-    criterion_rows,
-    select,
-)
+from quantizers.pruning.criterion import Criterion, Ranking, ScoreRanking, criterion_names, criterion_rows, select
 from quantizers.pruning.filters import (
     MainSubsidiary,
     WithConstants,
@@ -33,19 +21,15 @@ from quantizers.pruning.filters import (
     masked_layers,
     remove_filters,
 )
-from quantizers.pruning.groups import (
-    apply_kept,
-    channel_groups,
-)
-from quantizers.pruning.removal import (
-    mask_channels,
-    remove_channels,
-)
+from quantizers.pruning.groups import apply_kept, channel_groups
+from quantizers.pruning.removal import mask_channels, remove_channels
+from quantizers.pruning.shrinking import prune
 
 __all__ = [
     "BatchNormScale",
     "ChannelGroup",
     "ChannelGroups",
+    "CollaborativeChannels",
     "Criterion",
     "GeometricMedian",
     "KernelSparsityEntropy",
@@ -67,6 +51,7 @@ __all__ = [
     "layerwise_pruning",
     "mask_channels",
     "masked_layers",
+    "prune",
     "remove_channels",
     "remove_filters",
     "select",
