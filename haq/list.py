@@ -42,6 +42,7 @@ KINDS = {
     "criteria": Kind("quantizers.pruning:criterion_rows", "--criterion, of channels that are kept with --prune"),
     "attacks": Kind("haq.attacks:ATTACKS", "haq robustness --attacks"),
     "exporters": Kind("haq.deployment:EXPORTERS", "haq deploy --to"),
+    "methods": Kind("haq.training.methods:METHODS", "haq train --method"),
 }
 LIKE = "a part of a name; with it, networks of timm, torchvision and pytorchcv are listed too, which are hundreds"
 
