@@ -49,7 +49,19 @@ from quantizers.network import (
 )
 from quantizers.norms import reestimate_norms
 from quantizers.policy import END_BITS, BitPolicy, ends
-from quantizers.pruning import MainSubsidiary, kept_share, layerwise_pruning, masked_layers, remove_filters
+from quantizers.pruning import (
+    ChannelGroup,
+    ChannelGroups,
+    MainSubsidiary,
+    channel_groups,
+    kept_channels,
+    kept_share,
+    layerwise_pruning,
+    mask_channels,
+    masked_layers,
+    remove_channels,
+    remove_filters,
+)
 from quantizers.reconstruction import ReconstructedPart, Reconstruction, reconstruct
 from quantizers.residuals import (
     ResidualGrid,
@@ -82,6 +94,8 @@ __all__ = [
     "BitPolicy",
     "Bop",
     "ChannelClamp",
+    "ChannelGroup",
+    "ChannelGroups",
     "ConvexAdd",
     "Correction",
     "DoReFa",
@@ -116,6 +130,7 @@ __all__ = [
     "bagging",
     "binarize",
     "boosting",
+    "channel_groups",
     "clip_weights",
     "copy_network",
     "correct_bias",
@@ -131,12 +146,14 @@ __all__ = [
     "get_policy",
     "insert_residual_quantizers",
     "integer_range",
+    "kept_channels",
     "kept_share",
     "layerwise_pruning",
     "learned_parameters",
     "lipschitz_bound",
     "lipschitz_penalty",
     "load_quantizer_state",
+    "mask_channels",
     "masked_layers",
     "operator_norm",
     "pact_penalty",
@@ -146,6 +163,7 @@ __all__ = [
     "quantizer_state",
     "reconstruct",
     "reestimate_norms",
+    "remove_channels",
     "remove_filters",
     "remove_residual_quantizers",
     "residual_places",
