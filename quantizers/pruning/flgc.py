@@ -420,20 +420,17 @@ def group_convolutions(network: nn.Module, groupings: Mapping[str, Grouping] | N
     return made
 
 
-def dense_convolutions(network: nn.Module) -> nn.Module:
-    """Make a copy of a network whose convolutions of learned groups are ordinary ones of the masked weight.
+def make_dense(network: nn.Module) -> None:
+    """Put ordinary convolutions of the masked weight in the place of those that learn groups, in place.
+
+    The network has the layers and the names of tensors again that it had before it learned groups, and the same outputs.
 
     Args:
-        network: The network, which stays as it is.
-
-    Returns:
-        The copy, with the layers and the names of tensors that the network had before it learned groups.
+        network: The network.
     """
-    made = copy_network(network)
-    for module in list(made.modules()):
+    for module in list(network.modules()):
         if isinstance(module, LearnedGroupConv2d):
-            _put(made, module, module.dense())
-    return made
+            _put(network, module, module.dense())
 
 
 def _put(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
