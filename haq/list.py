@@ -41,6 +41,7 @@ KINDS = {
     "schemes": Kind("quantizers:scheme_rows", "--scheme"),
     "attacks": Kind("haq.attacks:ATTACKS", "haq robustness --attacks"),
     "exporters": Kind("haq.deployment:EXPORTERS", "haq deploy --to"),
+    "methods": Kind("haq.training.methods:METHODS", "haq train --method"),
 }
 LIKE = "a part of a name; with it, networks of timm, torchvision and pytorchcv are listed too, which are hundreds"
 

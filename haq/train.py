@@ -44,6 +44,7 @@ from haq.study.config import (
     scheme_parts,
 )
 from haq.training.adversaries import STEPS, Adversary
+from haq.training.methods import METHODS, build_method
 from haq.training.optimizers import SCHEDULES, check_optimizer, check_schedule, usual_rate
 from hw_models import trust
 
@@ -77,6 +78,7 @@ BEFORE = {
     "device": CPU,
     "forward": None,
     "search_images": None,
+    "method": None,
 }
 BATCH = 128  # images of a step
 STEPS_OF_EPOCH = 10  # at least, of few images: these are what trains
@@ -193,6 +195,15 @@ class TrainOptions(AnotherScheme):
     )
     optimizer: str = optimizer_setting(TRAINING)
     schedule: str = schedule_setting(TRAINING)
+    method: str | None = setting(
+        None,
+        "what is done beside the steps: a name as `haq list methods` shows them, or module:Name, with arguments if need be, "
+        "such as NAME(share=0.3)",
+        group=TRAINING,
+        metavar="NAME",
+        default_words="nothing",
+        names=lambda: METHODS.names(),
+    )
     patience: int | None = setting(
         None,
         "epochs in a row without a better network after which training ends",
@@ -233,6 +244,13 @@ class TrainOptions(AnotherScheme):
         check_schedule(text)
         return text
 
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, text: str | None) -> str | None:
+        if text is not None:
+            build_method(text)
+        return text
+
     @field_validator("objective")
     @classmethod
     def _check_objective(cls, name: str) -> str:
@@ -256,6 +274,8 @@ class TrainOptions(AnotherScheme):
                     raise ValueError(f"{name} {value} is of an attack: choose one with --adversarial {kinds}")
         else:
             self.adversary()
+        if self.method is not None and self.patience is not None and build_method(self.method).needs_all_epochs:
+            raise ValueError(f"--patience {self.patience}: --method {self.method} needs all epochs, leave --patience out")
         if self.memory is not None:
             parse_bytes(self.memory)
         read_channels("mean", self.mean)
@@ -337,7 +357,8 @@ class TrainOptions(AnotherScheme):
             words += ["--adversarial", self.adversarial, "--eps", asked["eps"], "--attack-steps", asked["attack_steps"]]
         if self.clip_weights:
             words.append("--clip-weights")
-        for name, usual in (("objective", ACCURACY), ("loss", None), ("optimizer", "sgd"), ("schedule", SCHEDULES[0])):
+        usual_values = {"objective": ACCURACY, "loss": None, "optimizer": "sgd", "schedule": SCHEDULES[0], "method": None}
+        for name, usual in usual_values.items():
             if getattr(self, name) != usual:
                 words += [f"--{name}", getattr(self, name)]
         if self.patience is not None:
@@ -688,7 +709,7 @@ def _train(
     before: training.Judgement | None = None
     untrained = network.module
     # What training is to make of a network beside its accuracy isn't seen in how it was before.
-    if options.pretrained and adversary is None and not options.lipschitz:
+    if options.pretrained and adversary is None and not options.lipschitz and options.method is None:
         untrained = Q.copy_network(network.module)
         before = judge(network.module)
     held_out = f"held-out {objective.title}"
@@ -718,6 +739,7 @@ def _train(
             config,
             objective=objective,
             loss=named_loss(options.loss),
+            method=options.method,
             state=state,
             judge=judge,
             before=before,
