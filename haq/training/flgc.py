@@ -15,7 +15,6 @@ class LearnedGroups(Method):
     the groups that were learned.
     """
 
-    summary = "dense convolutions learn groups, and become group convolutions (FLGC, Wang et al. 2019)"
     needs_all_epochs = False
 
     def __init__(self, groups: int = 8, learned: bool = True, layers: list[str] | None = None) -> None:

@@ -26,14 +26,15 @@ class GenerativeAdversarial(Method):
     epochs masks stay as they are, and what is left is fine-tuned by the loss of the training. In the end masks become part of
     the weights, and channels whose masks are zero are removed.
 
-    All learning rates are the network's own: of its weights, of the masks and of the discriminator. The schedule goes through
-    the generator's epochs, and through those of fine-tuning once more.
+    The discriminator has the learning rate of the network's weights, and masks have it too unless they get one of their own.
+    The schedule goes through the generator's epochs, and through those of fine-tuning once more.
     """
 
-    summary = "soft masks of channels, learned against a discriminator without labels (GAL, Lin et al. 2019)"
     needs_trained = True
 
-    def __init__(self, penalty: float = 0.01, mu: float = 1.0, every: int = 1, tune: float = 0.5) -> None:
+    def __init__(
+        self, penalty: float = 0.01, mu: float = 1.0, every: int = 1, tune: float = 0.5, rate: float | None = None
+    ) -> None:
         """Say how much is to be pruned.
 
         Args:
@@ -41,6 +42,7 @@ class GenerativeAdversarial(Method):
             mu: The weight of the squared distance of outputs.
             every: Steps of training for each step of the masks. (The paper has 200, in hundreds of epochs.)
             tune: The share of the epochs, the last ones, in which what is left is fine-tuned.
+            rate: The learning rate of masks, at its highest; None: that of the network's weights.
 
         Raises:
             ValueError: For a value outside that.
@@ -53,11 +55,14 @@ class GenerativeAdversarial(Method):
             raise ValueError(f"gal has every={every!r}; it must be a number of steps from 1 on")
         if isinstance(tune, bool) or not isinstance(tune, (int, float)) or not 0 <= tune < 1:
             raise ValueError(f"gal has tune={tune!r}; it must be a share of the epochs, from 0 to below 1")
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf):
+            raise ValueError(f"gal has rate={rate!r}; it must be a number above 0, or None for that of the weights")
         self.penalty = float(penalty)
         self.mu = float(mu)
         self.every = every
         self.tune = float(tune)
-        self.rate = 0.0  # the highest learning rate since FISTA began anew
+        self.rate = rate
+        self.highest = 0.0  # learning rate of masks since FISTA began anew
         self.baseline: nn.Module
         self.masks: SoftMasks
         self.discriminator: Discriminator
@@ -79,6 +84,8 @@ class GenerativeAdversarial(Method):
             raise ValueError("gal prunes float networks: leave out --scheme, and quantize what it makes")
         if training.config.amp:
             raise ValueError("gal moves masks by their gradients in float32: leave out --amp")
+        if self.rate is not None and not training.config.learning_rate > 0:
+            raise ValueError(f"gal has rate={self.rate!r} for masks, and the learning rate of weights is 0: it must be above 0")
         if not network.input_shape:
             raise ValueError(f"{network.name} doesn't say of which shape its images are, which gal reads its channels from")
         self.baseline = Q.copy_network(training.module).eval().requires_grad_(False)
@@ -143,10 +150,12 @@ class GenerativeAdversarial(Method):
             return
         if done % self.every == 0:
             rate = self._learning_rate(training)
-            if rate <= RESTART * self.rate:
+            if self.rate is not None:
+                rate *= self.rate / training.config.learning_rate
+            if rate <= RESTART * self.highest:
                 self.fista.restart()
-                self.rate = rate
-            self.rate = max(rate, self.rate)
+                self.highest = rate
+            self.highest = max(rate, self.highest)
             self.fista.step(rate, self.penalty)
         self._prepare(training)
 
@@ -186,13 +195,13 @@ class GenerativeAdversarial(Method):
 
     def tensors(self) -> dict[str, Any]:
         """Return the masks and the discriminator, and where FISTA is."""
-        return super().tensors() | {"fista": self.fista.state_dict(), "rate": self.rate}
+        return super().tensors() | {"fista": self.fista.state_dict(), "highest": self.highest}
 
     def load_tensors(self, content: dict[str, Any]) -> None:
         """Go on from what `tensors` returned."""
         super().load_tensors(content)
         self.fista.load_state_dict(content["fista"])
-        self.rate = float(content["rate"])
+        self.highest = float(content["highest"])
 
     @staticmethod
     def _learning_rate(training: TrainingState) -> float:

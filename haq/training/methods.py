@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from haq.training.config import TrainConfig
 
 HOOKS = ("begin", "before_epoch", "loss", "before_step", "after_step", "after_epoch", "may_keep", "position", "finish")
+RESULT = ("rebuilt", "words")
 STATE = ("tensors", "load_tensors")
 
 
@@ -106,9 +107,11 @@ class Method:
         modules: Modules of the method's own, by names, such as a discriminator. Their states are kept with the training.
         optimizers: Optimizers of its own, likewise. The method itself takes their steps, and sets their learning rates.
         needs_all_epochs: Whether the training must not end early (`TrainConfig.patience`).
+        needs_trained: Whether it begins with a network that is trained already.
     """
 
     needs_all_epochs = True
+    needs_trained = False
 
     def __init__(self) -> None:
         """Begin with no modules and optimizers of its own."""
@@ -170,6 +173,23 @@ class Method:
     def finish(self, training: TrainingState) -> None:
         """Leave the module ready for use; it is the best one by now if it was judged."""
 
+    def rebuilt(self, module: nn.Module) -> nn.Module:
+        """Return the network that is used, and written, after the training: another one where the method makes it smaller.
+
+        Whoever trains calls it after `finish`; `fit` itself doesn't, since it leaves a module as it was built.
+
+        Args:
+            module: What was trained.
+
+        Returns:
+            The module itself, or a copy with other layers, whose outputs are the same up to rounding.
+        """
+        return module
+
+    def words(self) -> list[str]:
+        """Return sentences about what the method did, after `finish`, for whoever asked for it."""
+        return []
+
     def tensors(self) -> dict[str, Any]:
         """Return what `load_tensors` goes on from: tensors, numbers, strings and containers of them; what is empty isn't kept.
 
@@ -190,7 +210,7 @@ class Method:
             optimizer.load_state_dict(content["optimizers"][name])
 
 
-_lacking_names = requires(*HOOKS, *STATE, "needs_all_epochs")
+_lacking_names = requires(*HOOKS, *RESULT, *STATE, "needs_all_epochs", "needs_trained")
 
 
 def lacking(thing: Any) -> str:
@@ -203,7 +223,16 @@ def lacking(thing: Any) -> str:
 METHODS: Registry[type[Method]] = Registry(
     "training method",
     "haq.training_methods",
-    {},
+    {
+        "gal": (
+            "haq.training.gal:GenerativeAdversarial",
+            "soft masks of channels, learned against a discriminator without labels, then removal (GAL, Lin et al. 2019)",
+        ),
+        "flgc": (
+            "haq.training.flgc:LearnedGroups",
+            "dense convolutions learn their groups, and become group convolutions (FLGC, Wang et al. 2019)",
+        ),
+    },
     check=lacking,
 )
 

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from quantizers.copying import copy_network
 
-START = 1.0  # logit of the group that a channel begins in; all others begin near 0
-START_NOISE = 0.1  # standard deviation of the logits at the start
+START = 0.01  # logit of the group that a channel begins in; all others begin near 0
+START_NOISE = 0.001  # standard deviation of the logits at the start
 
 
 @dataclass(frozen=True)
