@@ -32,6 +32,7 @@ from quantizers.ensemble import Ensemble, bagging, boosting
 from quantizers.equalization import ChannelClamp, equalize, smooth
 from quantizers.folding import fold_batch_norm, fold_shifts
 from quantizers.functional import MAX_BITS, WIDTHS, dequantize, fake_quantize, integer_range, quantize_tensor, row_of
+from quantizers.kept import kept_channels
 from quantizers.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
 from quantizers.left_in_float import LeftInFloat
 from quantizers.network import (
@@ -52,9 +53,13 @@ from quantizers.policy import END_BITS, BitPolicy, ends
 from quantizers.pruning import (
     ChannelGroup,
     ChannelGroups,
+    Criterion,
     MainSubsidiary,
+    Ranking,
+    apply_kept,
     channel_groups,
-    kept_channels,
+    criterion_names,
+    criterion_rows,
     kept_share,
     layerwise_pruning,
     mask_channels,
@@ -98,6 +103,7 @@ __all__ = [
     "ChannelGroups",
     "ConvexAdd",
     "Correction",
+    "Criterion",
     "DoReFa",
     "Ensemble",
     "IntegerActivations",
@@ -113,6 +119,7 @@ __all__ = [
     "QuantLinear",
     "RPReLU",
     "RSign",
+    "Ranking",
     "ReconstructedPart",
     "Reconstruction",
     "ResidualGrid",
@@ -126,6 +133,7 @@ __all__ = [
     "Wiring",
     "activation_scales",
     "add_residual_quantizers",
+    "apply_kept",
     "backward_mode",
     "bagging",
     "binarize",
@@ -134,6 +142,8 @@ __all__ = [
     "clip_weights",
     "copy_network",
     "correct_bias",
+    "criterion_names",
+    "criterion_rows",
     "dequantize",
     "draw_amplification",
     "ends",

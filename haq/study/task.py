@@ -39,6 +39,7 @@ from haq.solvers.spending import proposed
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
 from haq.store.records import UNIFORM_8, ObjectiveRecord
 from haq.store.units import finite
+from haq.study.channels import check_installed, pruning_entry
 from haq.study.config import ADAROUND, BEFORE, FLOAT, LINEAR, NONE, SearchConfig
 from haq.training.adversaries import Adversary
 from haq.training.finetuning import classes_of
@@ -199,6 +200,7 @@ class SearchTask(LoadedNetwork):
         Raises:
             ValueError, FileNotFoundError, ImportError: As the parts do.
         """
+        check_installed(config)
         loaded = LoadedNetwork.load(config)
         network = loaded.network
         dataset = loaded.dataset
@@ -242,6 +244,7 @@ class SearchTask(LoadedNetwork):
             residuals=config.residuals,
             on_progress=on_progress,
             **loaded.called_by(),
+            **pruning_of(config),
         )
         if config.evaluations is None:
             config = config.replace(evaluations=proposed(problem))
@@ -338,6 +341,8 @@ class SearchTask(LoadedNetwork):
             found["reference"] = hashlib.sha256(widths.encode()).hexdigest()[:16]
         if self.agent is not None:
             found["agent"] = self.agent.checksum
+        if self.config.prune is not None:
+            found["criterion"] = self.config.criterion_name
         return {**self.network_signature(), **found, **machine_signature(self.problem.target)}
 
     def _schemes_signature(self) -> dict[str, str]:
@@ -548,7 +553,7 @@ def _further(problem: Problem) -> dict[str, Any]:
     goal = goal_of(problem)
     if goal is not None:
         found["goal"] = goal
-    return found
+    return found | pruning_entry(problem)
 
 
 def _as_in_policies(widths: Iterable[int]) -> list[int | None]:
@@ -623,6 +628,13 @@ def _check_adaround(schemes: Mapping[str, Q.Scheme]) -> None:
                 f"rounding 'adaround' means nothing to scheme {scheme.name!r} of layer {name!r}: choose another "
                 "--rounding, or --scheme linear"
             )
+
+
+def pruning_of(config: SearchConfig) -> dict[str, Any]:
+    """Return the arguments of a problem that say which channels may be pruned; none where none are."""
+    if config.prune is None:
+        return {}
+    return {"prune": config.prune, "criterion": config.criterion_name}
 
 
 def correction_of(config: SearchConfig) -> str | None:

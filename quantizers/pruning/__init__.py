@@ -1,5 +1,9 @@
 """What of a network isn't needed: groups of channels, criteria that say which, and binary filters whose masks are off."""
 
+from quantizers.kept import kept_channels
+from quantizers.pruning.channels import ChannelGroup, ChannelGroups, Member
+from quantizers.pruning.criteria import L1, L2, BatchNormScale, GeometricMedian, KernelSparsityEntropy, Random, Taylor
+from quantizers.pruning.criterion import Criterion, Ranking, ScoreRanking, criterion_names, criterion_rows, select
 from quantizers.pruning.filters import (
     MainSubsidiary,
     WithConstants,
@@ -18,22 +22,35 @@ from quantizers.pruning.flgc import (
     make_dense,
 )
 from quantizers.pruning.gal import Discriminator, Fista, SoftMasks, discriminator_loss, generator_loss, soft_threshold
-from quantizers.pruning.groups import ChannelGroup, ChannelGroups, Member, channel_groups
-from quantizers.pruning.removal import kept_channels, mask_channels, remove_channels
+from quantizers.pruning.groups import apply_kept, channel_groups
+from quantizers.pruning.removal import mask_channels, remove_channels
 
 __all__ = [
+    "BatchNormScale",
     "ChannelGroup",
     "ChannelGroups",
+    "Criterion",
     "Discriminator",
     "Fista",
+    "GeometricMedian",
     "GroupedConv2d",
     "Grouping",
+    "KernelSparsityEntropy",
+    "L1",
+    "L2",
     "LearnedGroupConv2d",
     "MainSubsidiary",
     "Member",
+    "Random",
+    "Ranking",
+    "ScoreRanking",
     "SoftMasks",
+    "Taylor",
     "WithConstants",
+    "apply_kept",
     "channel_groups",
+    "criterion_names",
+    "criterion_rows",
     "discriminator_loss",
     "generator_loss",
     "group_convolutions",
@@ -47,5 +64,6 @@ __all__ = [
     "masked_layers",
     "remove_channels",
     "remove_filters",
+    "select",
     "soft_threshold",
 ]
