@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
 from quantizers.calling import Forward, call, leaves, map_tensors
 from quantizers.policy import QUANTIZABLE
 from quantizers.pruning.channels import IN, OUT, ChannelGroup, ChannelGroups, Member
-from quantizers.pruning.layers import FOLLOWED, MAKERS, is_depthwise, size_of
+from quantizers.pruning.layers import FOLLOWED, MAKERS, heads_of, is_depthwise, size_of
 
 Place = tuple[str, str, int]  # a module or tensor, the dimension, the position in it
+MOVING = {"view", "reshape", "transpose", "swapaxes", "permute", "movedim", "flatten", "unflatten", "contiguous"}
+MOVING |= {"channel_shuffle", "native_channel_shuffle"}
 INPUT = "input{}"  # the parameter that stands for an input while the network is followed
+UNSIGNED = 2**64
 TENSOR_ORDER = 10**9  # tensors that are no module's are behind all modules
 
 
@@ -83,6 +89,53 @@ def _through(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
+class _Shuffles(TorchFunctionMode):
+    """Within a `with`, what only changes the order of a map's channels, by views and transposes, is one index_select.
+
+    torch-pruning takes views for operations that leave channels where they are, as most of them do.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # By the `id` of a result: itself, what its values are of, and where they are there.
+        self._moved: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name not in MOVING or not isinstance(result, Tensor) or not args or not isinstance(args[0], Tensor):
+            return result
+        _, source, labels = self._moved.get(id(args[0]), (None, args[0], None))
+        if source.dim() < 3:
+            return result
+        if labels is None:
+            labels = _labels(source)
+        labels = func(labels, *args[1:], **(kwargs or {}))
+        order = _order_of_channels(labels, source)
+        if order is not None:
+            return source.index_select(1, order)
+        self._moved[id(result)] = (result, source, labels)
+        return result
+
+
+def _labels(source: Tensor) -> Tensor:
+    """Number the values of a tensor."""
+    return torch.arange(source.numel(), device=source.device).view(source.shape)
+
+
+def _order_of_channels(labels: Tensor, source: Tensor) -> Tensor | None:
+    """Return which channel of a map is at which place now; None if anything else happened to it, or nothing."""
+    if labels.shape != source.shape:
+        return None
+    inner = source[0, 0].numel()
+    order = labels[0].flatten(1)[:, 0] // inner
+    if int(order.max()) >= source.shape[1] or torch.equal(order, torch.arange(len(order), device=order.device)):
+        return None
+    if torch.equal(labels, _labels(source).index_select(1, order)):
+        return order
+    return None
+
+
 class _Sets:
     """Things of which some belong together (union-find)."""
 
@@ -142,7 +195,7 @@ class _Reading:
         handles = [module.register_forward_pre_hook(note) for module in self.modules.values()]
         graph = self.tools.DependencyGraph()
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _Shuffles():
                 warnings.simplefilter("ignore")
                 graph.build_dependency(
                     traced,
@@ -151,6 +204,12 @@ class _Reading:
                     unwrapped_parameters=traced.channels_of_inputs,
                     verbose=False,
                 )
+        except Exception as error:  # whatever torch-pruning meets in a network that it can't follow
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            last = next(reversed(self.order), "the network")
+            raise ValueError(
+                f"the channels of the network can't be followed: torch-pruning fails behind {last} ({reason})"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -182,13 +241,30 @@ class _Reading:
                 continue
             known.update(new)
             self._join(root, node, side, new)
-            for dependency in node.dependencies:
-                if dependency.is_triggered_by(side):
-                    mapped = new
-                    for mapping in dependency.index_mapping:
-                        if mapping is not None:
-                            mapped = mapping(mapped)
-                    todo.append((dependency.target, dependency.handler, mapped))
+            triggered = [dependency for dependency in node.dependencies if dependency.is_triggered_by(side)]
+            todo.extend((edge.target, edge.handler, self._mapped(edge, new)) for edge in triggered)
+
+    def _mapped(self, dependency: Any, channels: list[Any]) -> list[Any]:
+        """Follow channels along an edge of the graph."""
+        source, target = dependency.source, dependency.target
+        read_parts = _parts_of(source, target) or ()
+        given_parts = _parts_of(target, source) or ()
+        if read_parts:
+            channels = _moved(channels, lambda place: [place - begin for begin, end in read_parts if begin <= place < end])
+        elif given_parts:
+            channels = _moved(channels, lambda place: [begin + place for begin, end in given_parts if place < end - begin])
+        elif dependency.index_mapping[0] is not None:
+            channels = dependency.index_mapping[0](channels)
+        if dependency.index_mapping[1] is not None:
+            channels = dependency.index_mapping[1](channels)
+        if source in target.inputs and (order := _selection_of(target)) is not None:
+            places: dict[int, list[int]] = {}
+            for place, number in enumerate(order):
+                places.setdefault(number, []).append(place)
+            return _moved(channels, lambda place: places.get(place, []))
+        if target in source.inputs and (order := _selection_of(source)) is not None:
+            return _moved(channels, lambda place: order[place : place + 1])
+        return channels
 
     def _join(self, root: nn.Module, node: Any, side: Any, channels: Iterable[Any]) -> None:
         """Join channels at a node with the root's."""
@@ -256,7 +332,14 @@ class _Reading:
         return ""
 
     def _tie(self) -> None:
-        """Tie channels that grouped layers can only keep or remove together."""
+        """Tie channels that grouped layers, or heads of an attention, can only keep or remove together."""
+        for name, module in self.modules.items():
+            heads = heads_of(module)
+            proj = f"{name}.proj".lstrip(".")
+            if heads is not None and name in self.order:
+                for position in range(heads.channels):
+                    self.same.join((proj, IN, position), (name, OUT, position))
+                    self.tied.join((proj, IN, position - position % heads.width), (proj, IN, position))
         for place in [place for places in self.same.all() for place in places]:
             name, dim, position = place
             module = self.modules.get(name)
@@ -317,13 +400,14 @@ class _Reading:
             if group is None:
                 continue
             taken[group.name] += 1
-            if taken[group.name] > 1:
-                group = replace(group, name=f"{group.name}#{taken[group.name]}")
+            name = group.name
+            if taken[name] > 1:
+                name = f"{name}#{taken[name]}"
             reason = self._why_fixed([channels[number] for number in numbers], units)
-            if reason:
-                fixed[group.name] = reason
-            else:
-                groups.append(group)
+            if not reason:
+                groups.append(replace(group, name=name))
+            elif fixed.get(group.name) != reason:
+                fixed[name] = reason
         return ChannelGroups(tuple(groups), fixed)
 
     def _why_fixed(self, channels: list[list[Place]], units: list[tuple[int, ...]]) -> str:
@@ -368,6 +452,45 @@ class _Reading:
         if isinstance(module, nn.Embedding) or is_transposed:
             return int(dim == OUT)
         return int(dim == IN)
+
+
+def _moved(channels: list[Any], places_of: Callable[[int], list[int]]) -> list[Any]:
+    """Return channels at other places; torch-pruning's pairs of a place and the root's channel."""
+    return [channel._replace(idx=place) for channel in channels for place in places_of(channel.idx)]
+
+
+def _selection_of(node: Any) -> list[int] | None:
+    """Return which channels of its input a node selects, which torch-pruning takes for the identity; None for others."""
+    grad_fn = node.grad_fn
+    if grad_fn is None or not type(grad_fn).__name__.startswith("IndexSelectBackward") or grad_fn._saved_dim != 1:
+        return None
+    order: list[int] = grad_fn._saved_index.tolist()
+    return order
+
+
+def _parts_of(split: Any, reader: Any) -> list[tuple[int, int]] | None:
+    """Return which parts of a split a node reads, as the places where they begin and end; None if it isn't a split.
+
+    torch-pruning takes the parts in the order in which it meets their readers.
+    """
+    grad_fn = split.grad_fn
+    if reader not in split.outputs or not type(grad_fn).__name__.startswith("Split"):
+        return None
+    dims = len(grad_fn._saved_self_sym_sizes)
+    dim = grad_fn._saved_dim
+    if dim >= dims:
+        dim -= UNSIGNED  # torch hands on negative numbers as those that they look like without a sign
+    dim %= dims
+    if dim not in (1, dims - 1):
+        return None
+    size = grad_fn._saved_self_sym_sizes[dim]
+    if hasattr(grad_fn, "_saved_split_sizes"):
+        ends = list(itertools.accumulate(grad_fn._saved_split_sizes))
+    else:
+        ends = [*range(grad_fn._saved_split_size, size, grad_fn._saved_split_size), size]
+    begins = [0, *ends[:-1]]
+    numbers = sorted({number for function, number in reader.grad_fn.next_functions if function is grad_fn})
+    return [(begins[number], ends[number]) for number in numbers]
 
 
 def _positions(places: list[Place], name: str, dim: str) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -40,13 +40,46 @@ def size_of(module: nn.Module, dim: str) -> int:
         return module.num_channels
     if isinstance(module, nn.PReLU):
         return module.num_parameters
-    assert isinstance(module, nn.Embedding)
-    return module.embedding_dim
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    heads = heads_of(module)
+    if heads is None:
+        raise TypeError(f"the channels of a {type(module).__name__} aren't known")
+    return heads.channels
 
 
 def has_one_input_per_group(module: _ConvNd) -> bool:
     """Say whether each group of a convolution reads one channel, of which it makes one or several."""
     return 1 < module.groups == module.in_channels
+
+
+class Heads(NamedTuple):
+    """The heads of an attention: how many channels they have together, and each of them."""
+
+    channels: int
+    width: int
+
+
+def heads_of(module: nn.Module) -> Heads | None:
+    """Return the heads of an attention whose number may be another one.
+
+    That is one whose `forward` goes by its attributes num_heads, head_dim and attn_dim, as timm's does; the heads of
+    torch's MultiheadAttention have as many channels together as its inputs, always.
+
+    Args:
+        module: Any.
+
+    Returns:
+        The heads; None for what is no such attention.
+    """
+    sizes = [getattr(module, name, None) for name in ("num_heads", "head_dim", "attn_dim")]
+    qkv, proj = (getattr(module, name, None) for name in ("qkv", "proj"))
+    if not all(type(size) is int for size in sizes) or not isinstance(qkv, nn.Linear) or not isinstance(proj, nn.Linear):
+        return None
+    count, width, channels = sizes
+    if count * width != channels or qkv.out_features != 3 * channels or proj.in_features != channels:  # type: ignore[operator]
+        return None
+    return Heads(channels, width)  # type: ignore[arg-type]
 
 
 def set_size(module: nn.Module, dim: str, count: int) -> None:
@@ -58,7 +91,10 @@ def set_size(module: nn.Module, dim: str, count: int) -> None:
         count: How many.
     """
     held: Any = module  # whose attributes type checkers take for tensors or modules
-    if is_depthwise(module):
+    if not isinstance(module, FOLLOWED):
+        held.num_heads = count // held.head_dim
+        held.attn_dim = count
+    elif is_depthwise(module):
         held.in_channels = held.out_channels = held.groups = count
     elif isinstance(module, _ConvNd):
         if dim == OUT:

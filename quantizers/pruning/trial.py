@@ -93,24 +93,30 @@ class Trial:
 
     def failures(self, groups: Sequence[ChannelGroup]) -> dict[str, str]:
         """Return the groups that can't be removed, with the reason."""
-        found: dict[str, str] = {}
-        left = list(groups)
-        while self._failure(left):
-            culprit = self._one_of(left)
-            found[culprit.name] = self._failure([culprit]) or self._failure(left)
-            left.remove(culprit)
+        found = self._alone(list(groups))
+        sound = [group for group in groups if group.name not in found]
+        # Some may fail only together: leave out the one that makes the others fail.
+        while reason := self._failure(sound):
+            low, high = 0, len(sound)  # the first `low` don't fail, the first `high` do
+            while high - low > 1:
+                middle = (low + high) // 2
+                if self._failure(sound[:middle]):
+                    high = middle
+                else:
+                    low = middle
+            found[sound[low].name] = self._failure(sound[: low + 1]) or reason
+            del sound[low]
         return found
 
-    def _one_of(self, groups: list[ChannelGroup]) -> ChannelGroup:
-        """Return one group of some that fail together: by bisection, the last of the shortest beginning that fails."""
-        low, high = 0, len(groups)  # the first `low` don't fail, the first `high` do
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self._failure(groups[:middle]):
-                high = middle
-            else:
-                low = middle
-        return groups[low]
+    def _alone(self, groups: list[ChannelGroup]) -> dict[str, str]:
+        """Return those of some groups that fail by themselves, by halving what fails."""
+        reason = self._failure(groups)
+        if not reason:
+            return {}
+        if len(groups) == 1:
+            return {groups[0].name: reason}
+        middle = len(groups) // 2
+        return {**self._alone(groups[:middle]), **self._alone(groups[middle:])}
 
     def _failure(self, groups: Sequence[ChannelGroup]) -> str:
         """Say in what way removal of channels of some groups isn't what masking is; nothing if it is."""
@@ -119,12 +125,12 @@ class Trial:
         kept = {name: channels for name, channels in kept.items() if channels}
         if not kept:
             return ""
-        expected = self._outputs(mask_channels(self.network, all_groups, kept))
         try:
             given = self._outputs(remove_channels(self.network, all_groups, kept))
         except Exception as error:  # whatever a network raises
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
             return f"the network can't run without some of them ({reason})"
+        expected = self._outputs(mask_channels(self.network, all_groups, kept))
         if len(given) != len(expected):
             return DIFFERS
         for one, other in zip(given, expected, strict=True):
