@@ -11,8 +11,8 @@ class LearnedGroups(Method):
     """Dense convolutions learn which channels belong together, and become group convolutions (Wang et al., CVPR 2019).
 
     The mathematics is in `quantizers.pruning.flgc`. Every convolution that has no groups yet, and at least as many channels on
-    both sides as there are to be groups, gets two matrices of logits, which are trained with its weights. At the end it runs in
-    the groups that were learned.
+    both sides as there are to be groups, gets two matrices of logits, which are trained with its weights. At the end it runs
+    in the groups that were learned.
     """
 
     needs_all_epochs = False
@@ -47,9 +47,7 @@ class LearnedGroups(Method):
 
         if Q.quant_layers(training.module):
             raise ValueError("flgc learns the groups of a float network: leave out --scheme, and quantize what it makes")
-        learn_groups(
-            training.module, self.groups, layers=self.layers, generator=training.generator, learned=self.learned
-        )
+        learn_groups(training.module, self.groups, layers=self.layers, generator=training.generator, learned=self.learned)
 
     def finish(self, training: TrainingState) -> None:
         """Put ordinary convolutions of the masked weights back, and note the groups."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from haq.training.methods import Method, TrainingState, forget
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from quantizers.pruning.gal import Discriminator, Fista, SoftMasks
@@ -85,7 +84,9 @@ class GenerativeAdversarial(Method):
         if training.config.amp:
             raise ValueError("gal moves masks by their gradients in float32: leave out --amp")
         if self.rate is not None and not training.config.learning_rate > 0:
-            raise ValueError(f"gal has rate={self.rate!r} for masks, and the learning rate of weights is 0: it must be above 0")
+            raise ValueError(
+                f"gal has rate={self.rate!r} for masks, and the learning rate of weights is 0: it must be above 0"
+            )
         if not network.input_shape:
             raise ValueError(f"{network.name} doesn't say of which shape its images are, which gal reads its channels from")
         self.baseline = Q.copy_network(training.module).eval().requires_grad_(False)
@@ -99,9 +100,7 @@ class GenerativeAdversarial(Method):
         self.fista = Fista(self.masks.masks)
         self.modules = {"masks": self.masks, "discriminator": self.discriminator}
         self.optimizers = {
-            "discriminator": torch.optim.SGD(
-                self.discriminator.parameters(), lr=0.0, momentum=MOMENTUM, weight_decay=DECAY
-            )
+            "discriminator": torch.optim.SGD(self.discriminator.parameters(), lr=0.0, momentum=MOMENTUM, weight_decay=DECAY)
         }
 
     def is_generator(self, training: TrainingState) -> bool:
@@ -189,8 +188,11 @@ class GenerativeAdversarial(Method):
         kept = self.masks.kept()
         left = sum(len(channels) for channels in kept.values())
         sentences = [f"channels left: {left} of {sum(group.channels for group in groups)}"]
-        for group in groups:
-            sentences.append(f"{group.name}: {len(kept[group.name])} of {group.channels} channels")
+        for group, mask in zip(groups, self.masks.masks, strict=True):
+            text = f"{group.name}: {len(kept[group.name])} of {group.channels} channels"
+            if not mask.any():
+                text += ", which are zeros: no mask is left, so that nothing passes here (a lower penalty leaves some)"
+            sentences.append(text)
         return sentences
 
     def tensors(self) -> dict[str, Any]:

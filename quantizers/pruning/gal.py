@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantizers.pruning.groups import IN, ChannelGroup, ChannelGroups
+from quantizers.pruning.channels import IN, ChannelGroup, ChannelGroups
 
 HIDDEN = (128, 256, 128)  # neurons of the discriminator's hidden layers
 

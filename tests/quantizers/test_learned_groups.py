@@ -236,7 +236,9 @@ def test_bad_groupings_are_refused_in_a_sentence() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Grouping(*arguments)
-    with pytest.raises(ValueError, match="layer '3': a grouping of 2 input channels and 1 filters isn't of a convolution of 12"):
+    with pytest.raises(
+        ValueError, match="layer '3': a grouping of 2 input channels and 1 filters isn't of a convolution of 12"
+    ):
         group_convolutions(network(), {"3": Grouping(2, (0, 1), (0,))})
     with pytest.raises(ValueError, match="no convolution '8' that could run in groups"):
         group_convolutions(network(), {"8": Grouping(2, (0, 1), (0,))})

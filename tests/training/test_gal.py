@@ -50,7 +50,7 @@ def test_labels_play_no_part_in_the_masks() -> None:
     """With labels in another order, weights and masks are the same to the last bit until fine-tuning begins."""
     order = torch.randperm(len(INPUTS), generator=torch.Generator().manual_seed(3))
     shuffled = split(brightest(INPUTS)[order])
-    methods = made(tune=0.0), made(tune=0.0)
+    methods = made(1.5, tune=0.0), made(1.5, tune=0.0)
     modules = fitted(methods[0]), fitted(methods[1], shuffled)
     assert torch.equal(masks(methods[0]), masks(methods[1]))
     assert all(torch.equal(one, other) for one, other in zip(modules[0].parameters(), modules[1].parameters(), strict=True))
@@ -58,7 +58,9 @@ def test_labels_play_no_part_in_the_masks() -> None:
     tuned = made(), made()
     modules = fitted(tuned[0]), fitted(tuned[1], shuffled)
     assert torch.equal(masks(tuned[0]), masks(tuned[1]))
-    assert any(not torch.equal(one, other) for one, other in zip(modules[0].parameters(), modules[1].parameters(), strict=True))
+    assert any(
+        not torch.equal(one, other) for one, other in zip(modules[0].parameters(), modules[1].parameters(), strict=True)
+    )
 
 
 def test_more_channels_go_at_a_larger_penalty() -> None:
@@ -121,9 +123,7 @@ def test_networks_are_kept_only_once_masks_are_learned() -> None:
 
     for method, kept in ((made(), 3), (made(tune=0.67), 2), (made(tune=0.0), 3)):
         seen.clear()
-        outcome = training.fit(
-            NETWORK, split(), CONFIG, module=copy.deepcopy(NETWORK.module), method=method, judge=judge
-        )
+        outcome = training.fit(NETWORK, split(), CONFIG, module=copy.deepcopy(NETWORK.module), method=method, judge=judge)
         assert outcome is not None
         assert outcome.kept == kept
 
