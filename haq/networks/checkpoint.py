@@ -5,6 +5,7 @@ haq-network-2       a quantized network: the tensors of the float network under 
                     "quantizer/"; policy and schemes as JSON in the header, and a hash of the structure of the float network;
                     with residual quantizers also where these are, and of a network of fewer channels which are kept
 
+Files of both kinds tell which channels are kept where some were removed, and the groups of convolutions that learned them.
 Nothing that a file holds is imported or executed, and its tensors are read once their sizes are known to be those of its
 network. The same content gives the same bytes.
 """
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq.networks import split_name
 from haq.networks.building import build_as_file_says, shapes_of
+from haq.networks.grouped import GROUPINGS, groupings_notes, read_groupings, regrouped
 from haq.networks.network import Network, output_count
 from haq.networks.pruned import CHANNELS, SIZES, channels_notes, read_channels, shrunk
 from haq.store import torch_files
@@ -65,6 +67,7 @@ RESERVED = (
     "structure",
     "residuals",
     CHANNELS,
+    GROUPINGS,
     SIZES,
 )
 # The ends of the names of tensors that must be finite. What else a scheme keeps is its own affair: borders are infinite.
@@ -104,6 +107,7 @@ def save_checkpoint(network: Network, path: Path, notes: Mapping[str, str] | Non
         save_quantized(path, network.module, network, notes)
         return
     header = {"format": CHECKPOINT_FORMAT, **_description(network), **_free(notes)}
+    header |= channels_notes(network.module) | groupings_notes(network.module)
     write_safetensors(_contiguous(network.module.state_dict()), path, header)
 
 
@@ -127,7 +131,7 @@ def save_quantized(
     header["structure"] = structure(qnetwork)
     if Q.residual_quantizers(qnetwork):
         header["residuals"] = json.dumps(Q.residual_places(qnetwork))
-    header |= channels_notes(qnetwork)
+    header |= channels_notes(qnetwork) | groupings_notes(qnetwork)
     header |= _free(notes)
     tensors = _contiguous(qnetwork.state_dict())
     for key, tensor in _contiguous(Q.quantizer_state(qnetwork)).items():
@@ -156,7 +160,7 @@ def load_quantized(path: Path, module: nn.Module | None = None) -> nn.Module:
     policy, schemes = _policy_and_schemes(header)
     if module is None:
         module = _named_module(header)
-    module = _with_channels(header, module)
+    module = _with_groups(header, _with_channels(header, module))
     expected = module.state_dict()
     _check_shapes(path, float_tensors(header.shapes), _shapes(expected))
     _check_structure(header, module)
@@ -255,7 +259,7 @@ def restore(network: Network, path: Path) -> Network:
     """
     header = read_header(path)
     _, shape, mean, std = _images(header)
-    network = replace(network, module=_with_channels(header, network.module))
+    network = replace(network, module=_with_groups(header, _with_channels(header, network.module)))
     _check_shapes(path, float_tensors(header.shapes), _shapes(network.module.state_dict()))
     if header.notes.get("format") == QUANTIZED_FORMAT:
         _check_structure(header, network.module)
@@ -322,6 +326,13 @@ def _check_can_be_smaller(path: Path, given: Mapping[str, Shape], expected: Mapp
             f"{path} is a checkpoint of another network: {printable(wrong[0][:100])} is in one of the two only; so are "
             f"{len(wrong)} in all"
         )
+    _check_share(path, shapes, expected)
+
+
+def _check_share(path: Path, shapes: Mapping[str, Shape], expected: Mapping[str, Shape] | None) -> None:
+    """Raise ValueError unless tensors hold a fair share of what the whole network does, which is made to read them."""
+    if expected is None:
+        return
     held, whole = (sum(math.prod(shape) for shape in those.values()) for those in (shapes, expected))
     if whole > MOST_PRUNED * held + MOST_WHOLE:
         raise ValueError(
@@ -539,6 +550,17 @@ def _with_channels(header: Header, module: nn.Module) -> nn.Module:
         raise ValueError(f"{header.path} isn't of this network with fewer channels: {_short(error)}") from error
 
 
+def _with_groups(header: Header, module: nn.Module) -> nn.Module:
+    """Return a float network whose convolutions run in the groups that those of a file learned; itself where none did."""
+    if GROUPINGS not in header.notes:
+        return module
+    try:
+        _check_length(header, GROUPINGS, MOST_NOTE)
+        return regrouped(module, read_groupings(header.notes[GROUPINGS]))
+    except _WRONG as error:
+        raise ValueError(f"{header.path} isn't of this network with groups: {_short(error)}") from error
+
+
 def _import_trusted_schemes(path: Path, records: object) -> None:
     """Make the schemes known that records name as `module:Name`, as far as whoever runs this has named them too."""
     if not isinstance(records, Mapping):
@@ -574,7 +596,9 @@ def _named_network(header: Header) -> Network:
         expected = shapes_of(name, classes)
     except ValueError as error:
         raise ValueError(f"{header.path} names a network that can't be built: {error}") from error
-    if CHANNELS in header.notes:
+    if GROUPINGS in header.notes:
+        _check_share(header.path, float_tensors(header.shapes), expected)
+    elif CHANNELS in header.notes:
         _check_can_be_smaller(header.path, header.shapes, expected)
     else:
         _check_can_be(header.path, header.shapes, expected)
