@@ -95,7 +95,9 @@ def float_bytes(workload: Workload) -> int:
     return FLOAT_BYTES * (workload.other_parameters + workload.other_values)
 
 
-def peak_activation_bytes(workload: Workload, a_bits: object, *, batch: int = 1) -> NDArray[np.int64]:
+def peak_activation_bytes(
+    workload: Workload, a_bits: object, *, batch: int = 1, elements: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
     """Find the most memory that activations take at one time.
 
     A value is held from the operation that makes it to the last one that reads it, at the widest of its readers' activation
@@ -106,6 +108,8 @@ def peak_activation_bytes(workload: Workload, a_bits: object, *, batch: int = 1)
         workload: The layers, and the activations between them.
         a_bits: Activation widths, integers of shape (..., layers).
         batch: Images at a time.
+        elements: How many values the workload's buffers hold per image, shape (..., buffers), where they are others: of the
+            same network with fewer channels, say. None: as many as the workload says.
 
     Returns:
         Bytes, shape (...).
@@ -119,14 +123,16 @@ def peak_activation_bytes(workload: Workload, a_bits: object, *, batch: int = 1)
     places(bits)
     if not workload.buffers:
         raise ValueError("this workload has no record of its activations: make it with hw_models.trace")
-    first, last, elements = np.array([(b.first, b.last, b.elements * batch) for b in workload.buffers]).T
+    first, last, own = np.array([(b.first, b.last, b.elements) for b in workload.buffers]).T
+    if elements is None:
+        elements = own
     held = []
     for buffer in workload.buffers:
         widest = np.full(bits.shape[:-1], 8 * FLOAT_BYTES)
         if buffer.readers:
             widest = bits[..., list(buffer.readers)].max(-1)
         held.append(widest)
-    size = -(-elements * np.stack(held, axis=-1) // 8)
+    size = -(-elements * batch * np.stack(held, axis=-1) // 8)
     # The peak stands where something has just been made.
     moments = np.unique(first)[:, None]
     alive = (first <= moments) & (moments <= last)

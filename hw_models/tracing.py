@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from hw_models import example as examples
 from hw_models.example import Forward
 from hw_models.products import base_name, is_product, product_macs
-from hw_models.workload import Buffer, Call, ElementWise, Layer, Size, Unpriced, Workload
+from hw_models.workload import Buffer, Call, ElementWise, Layer, Size, Unpriced, Workload, kind_of
 
 PRICED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 OURS = ("aten::", "prim::", "prims::")  # torch's own operations, which are known by name
@@ -444,7 +444,7 @@ def _layer(name: str, module: nn.Module, calls: tuple[Call, ...]) -> Layer:
     dilation = _pair(module.dilation)
     return Layer(
         name=name,
-        kind=_kind(module, kernel),
+        kind=kind_of(module.in_channels, module.groups, kernel),
         in_channels=module.in_channels,
         out_channels=module.out_channels,
         kernel=kernel,
@@ -456,16 +456,6 @@ def _layer(name: str, module: nn.Module, calls: tuple[Call, ...]) -> Layer:
         calls=calls,
         is_1d=isinstance(module, nn.Conv1d),
     )
-
-
-def _kind(module: nn.Conv1d | nn.Conv2d, kernel: Size) -> str:
-    if module.groups > 1 and module.groups == module.in_channels:
-        return "depthwise"
-    if module.groups > 1:
-        return "grouped"
-    if kernel == (1, 1):
-        return "pointwise"
-    return "conv"
 
 
 def _padding(padding: str | tuple[int, ...], kernel: Size, dilation: Size) -> Size:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from hw_models.notebook import html_table
@@ -27,6 +27,17 @@ def end_padding(kernel: Size, stride: Size, padding: Size, dilation: Size, input
     sizes = zip(output_size, stride, dilation, kernel, padding, input_size, strict=True)
     bottom, right = ((out - 1) * s + d * (k - 1) + 1 - pad - size for out, s, d, k, pad, size in sizes)
     return bottom, right
+
+
+def kind_of(in_channels: int, groups: int, kernel: Size) -> str:
+    """Name the kind of a convolution: "conv", "pointwise", "depthwise" or "grouped"."""
+    if groups > 1 and groups == in_channels:
+        return "depthwise"
+    if groups > 1:
+        return "grouped"
+    if kernel == (1, 1):
+        return "pointwise"
+    return "conv"
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,22 @@ class Layer:
     def output_size(self) -> Size:
         """Height and width of the output of the first call."""
         return self.calls[0].output_size
+
+    def resized(self, in_channels: int, out_channels: int, groups: int) -> Layer:
+        """Make the same layer with other numbers of channels, as a network has it from which channels were removed.
+
+        Args:
+            in_channels: Channels of the input.
+            out_channels: Channels of the output.
+            groups: Groups of a convolution; both are multiples of it.
+
+        Returns:
+            The layer; its kind follows: a depthwise convolution of a single channel is an ordinary one.
+        """
+        kind = self.kind
+        if kind != "linear":
+            kind = kind_of(in_channels, groups, self.kernel)
+        return replace(self, kind=kind, in_channels=in_channels, out_channels=out_channels, groups=groups)
 
     @property
     def shape(self) -> str:

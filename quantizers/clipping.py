@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -118,7 +120,12 @@ def _approximation(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def output_scales(
-    weight: Tensor, moments: InputMoments, power_of_two: bool = False, *, per_channel: bool = True
+    weight: Tensor,
+    moments: InputMoments,
+    power_of_two: bool = False,
+    *,
+    per_channel: bool = True,
+    widths: Collection[int] = FEW_BITS,
 ) -> tuple[Tensor, Tensor]:
     """Find the scales of a weight that change the layer's output least (`OutputErrors`).
 
@@ -130,6 +137,7 @@ def output_scales(
         moments: What the layer's input was like.
         power_of_two: Whether scales are rounded to powers of two.
         per_channel: Whether each output channel has a scale of its own; False: all have one.
+        widths: Those that are looked at; the rows of others are 1.
 
     Returns:
         Scales (8, C_out), or (8, 1), 1 for a channel of zeros; and relative errors sum (w - w^)^2 /
@@ -143,6 +151,9 @@ def output_scales(
     live = magnitudes.amax(1) > 0
     made = []
     for bits in FEW_BITS:
+        if bits not in widths:
+            made.append(torch.ones_like(magnitudes[:, 0]))
+            continue
         if bits == 1:
             unit, (least, most) = magnitudes.mean(1), ONE_BIT
         else:
@@ -154,21 +165,24 @@ def output_scales(
             scale = _best(around, errors.of(around, bits))[0]
         made.append(torch.where(live, scale, 1.0))
     scales = torch.stack(made)
-    return scales, _relative_errors(weight, scales)
+    return scales, _relative_errors(weight, scales, widths)
 
 
-def _relative_errors(weight: Tensor, scales: Tensor) -> Tensor:
-    """Return sum (w - w^)^2 / sum w^2 of a whole weight at widths 1..8, with scales (8, C_out) or (8, 1)."""
+def _relative_errors(weight: Tensor, scales: Tensor, widths: Collection[int]) -> Tensor:
+    """Return sum (w - w^)^2 / sum w^2 of a whole weight at some of the widths 1..8, with scales (8, C_out) or (8, 1)."""
     scales = scales.expand(-1, len(weight))
     rows = weight.flatten(1).float()
     left = rows.new_zeros(len(scales), dtype=torch.float64)
     count = max(1, CHUNK // max(1, rows.shape[1]))
     for some, steps in zip(rows.split(count), scales.split(count, 1), strict=True):
         for index, bits in enumerate(FEW_BITS):
+            if bits not in widths:
+                continue
             quantized = fake_quantize(some, steps[index][:, None], bits, True)
             left[index] += torch.sub(some, quantized, out=quantized).square_().sum(dtype=torch.float64)
     energy = rows.square().sum(dtype=torch.float64).clamp_min(torch.finfo(torch.float64).tiny)
-    return (left / energy).float()
+    asked = torch.tensor([bits in widths for bits in FEW_BITS], device=left.device)
+    return torch.where(asked, left / energy, 1.0).float()
 
 
 def _search(errors: OutputErrors, unit: Tensor, bits: int, least: float, most: float) -> Tensor:

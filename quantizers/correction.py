@@ -151,6 +151,8 @@ def correct_weights(layer: QuantLayer, inputs: MeanInput) -> bool:
             return False
         expected = _mean_output(layer, maps)
         for width in (WIDE_BITS, *FEW_BITS):
+            if layer.only_bits is not None and width != layer.only_bits[0]:
+                continue
             if row_of(width) < known and layer.scheme.takes(width, None, layer.signed):
                 layer.weight_bits = width
                 shift[row_of(width)] = expected - _mean_output(layer, maps)

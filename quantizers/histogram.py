@@ -13,7 +13,7 @@ output as what to minimise is in Nagel et al., "A White Paper on Neural Network 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -170,6 +170,7 @@ class Histogram:
         signed: bool | None = None,
         asymmetric: bool = False,
         power_of_two: bool = False,
+        widths: Collection[int] = FEW_BITS,
     ) -> Grids:
         """Find a grid for each width from 1 to 8 bits.
 
@@ -183,6 +184,7 @@ class Histogram:
             asymmetric: Whether the grids of signed values have a zero point: s (q - z) with q and z
                 in 0..2^b - 1. One bit stands for -s and s all the same.
             power_of_two: Whether scales are powers of two.
+            widths: Those that are looked at; the others get a grid of step 1, and an error of 1.
 
         Returns:
             A grid for each width.
@@ -194,7 +196,9 @@ class Histogram:
         fit = _Fit(self, low, high, rule, power_of_two)
         rows = []
         for bits in FEW_BITS:
-            if bits == 1 and signed:
+            if bits not in widths:
+                rows.append(Row(1.0, 0.0, fit.energy))
+            elif bits == 1 and signed:
                 rows.append(fit.signs())
             elif asymmetric and low < 0:
                 rows.append(fit.affine(bits))

@@ -23,7 +23,7 @@ PLAIN_OPTIONS = (bool, int, float, str, type(None))  # types of values that nobo
 OWN_ATTRIBUTES = frozenset(
     (
         *("scheme", "weight_bits", "activation_bits", "backward_mode", "signed", "calibrated", "state_names", "cache"),
-        *("resting", "name_in_network", "tailored_for", "tailored"),
+        *("resting", "name_in_network", "tailored_for", "tailored", "only_bits"),
     )
 )
 # Tensors that post-training quantization adds, where it was asked for; None elsewhere.
@@ -55,6 +55,7 @@ class QuantLayer(nn.Module):
             (C_out,), and `tailored_offset`, int8 of the weight's shape, were found for; either may
             be None. They take the place of the other two where `tailored` says so.
         tailored: Whether the network has that policy now (`set_policy`).
+        only_bits: The only bits that it can have beside float, if it was calibrated for these alone.
     """
 
     scheme: Scheme
@@ -74,6 +75,7 @@ class QuantLayer(nn.Module):
     tailored_offset: Tensor | None
     tailored_for: Bits | None
     tailored: bool
+    only_bits: Bits | None = None
     # Tensors of the linear scheme and its relatives.
     weight_scale: Tensor
     activation_scale: Tensor
@@ -117,6 +119,14 @@ class QuantLayer(nn.Module):
         for bits, errors in ((weight_bits, self.weight_error), (activation_bits, self.activation_error)):
             if bits is not None and row_of(bits) >= len(errors):
                 raise ValueError(not_known(bits, len(errors)))
+        if self.only_bits is None:
+            return
+        for bits, only in zip((weight_bits, activation_bits), self.only_bits, strict=True):
+            if bits not in (None, only):
+                raise ValueError(
+                    f"nothing is known of {bits} bits, since it was calibrated for the bits of one policy alone: quantize the "
+                    "network anew without `alone`"
+                )
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer with its input and its weight at their bits."""

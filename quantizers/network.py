@@ -67,6 +67,7 @@ def quantize(
     rounding: Roundings = "nearest",
     on_progress: OnProgress = no_progress,
     forward: Forward | None = None,
+    alone: bool = False,
 ) -> nn.Module:
     """Make a copy of a network whose convolutions and linear layers compute at the bits of a policy.
 
@@ -96,6 +97,8 @@ def quantize(
         on_progress: Is told how many of how many steps are done, in batches and layers.
         forward: `forward(network, batch)` runs the network on a batch as it was given, labels included,
             on the network's device. None: the network is called with the inputs.
+        alone: Whether the network will never have other bits than the policy's, or float: then nothing need be
+            found for other widths, which takes a part of the time. What it computes is the same.
 
     Returns:
         The quantized copy, in the mode (training or not) of the network.
@@ -112,7 +115,7 @@ def quantize(
         policy = BitPolicy(policy)
     # What is made in inference mode can't be trained, ever.
     with torch.inference_mode(False):
-        wanted = Wanted(_schemes(scheme, policy), correction, _roundings(rounding, policy), forward)
+        wanted = Wanted(_schemes(scheme, policy), correction, _roundings(rounding, policy), forward, alone)
         if correction == "sequential" and calibrate is not None:
             calibrate = _kept(calibrate, network, forward)  # to go through it again
         made, reads = _quantized(network, policy, wanted, calibrate, state, on_progress)
@@ -123,12 +126,13 @@ def quantize(
 
 
 class Wanted(NamedTuple):
-    """How a network is to be quantized: schemes and roundings by layer, the correction, and what runs it."""
+    """How a network is to be quantized: schemes and roundings by layer, the correction, what runs it, and for which bits."""
 
     schemes: Mapping[str, Scheme]
     correction: str | None
     roundings: Mapping[str, str]
     forward: Forward | None = None
+    alone: bool = False
 
 
 def _kept(calibrate: Batches, network: nn.Module, forward: Forward | None) -> list[Any]:
@@ -182,6 +186,8 @@ def _quantized(
             before = module.weight.detach().clone()  # type: ignore[operator]
             layer = make_quantized(module)
             lacks_errors = _start(name, layer, schemes[name])
+            if wanted.alone:
+                layer.only_bits = policy[name]
             layer.to(before.device)
             if state is None:
                 moments = passes.take(name)
@@ -340,6 +346,8 @@ def _round(layer: QuantLayer, moments: InputMoments | None, bits: Bits) -> None:
         return
     scheme = layer.scheme
     widths = [width for width in FEW_BITS if scheme.takes(width, None, layer.signed)]
+    if layer.only_bits is not None:
+        widths = [width for width in widths if width == layer.only_bits[0]]
     scales = layer.weight.new_ones(MAX_BITS, layer.weight.shape[0])
     for width in widths:
         scales[width - 1] = scheme.weight_step(layer, width)
@@ -539,9 +547,17 @@ def quantizer_state(network: nn.Module) -> dict[str, Tensor]:
     Keys are the layer's name, a dot, and the tensor's; beside the scheme's there are `signed` and
     `calibrated`, and what post-training quantization found (`bias_shift` and others), where it did.
     Residual quantizers have `scale`, `zero_point`, `low` and `high`.
+
+    Raises:
+        ValueError: For a network that was quantized for the bits of one policy `alone`.
     """
     state = residual_state(network)
     for name, layer in quant_layers(network).items():
+        if layer.only_bits is not None:
+            raise ValueError(
+                f"layer {name!r} was calibrated for the bits of one policy alone, and has no state of all widths: quantize the "
+                "network without `alone`"
+            )
         for key in layer.state_names:
             state[f"{name}.{key}"] = getattr(layer, key).detach().clone()
         for flag in FLAGS:

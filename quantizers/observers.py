@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quantizers.batches import Batches, Parts, batches_of, called, copied, prepared
 from quantizers.calling import Forward
 from quantizers.clipping import output_scales
-from quantizers.functional import FEW_BITS, MAX_BITS, WIDE_BITS, integer_range, quantize_tensor, refuse_infinite
+from quantizers.functional import FEW_BITS, MAX_BITS, WIDE_BITS, WIDTHS, integer_range, quantize_tensor, refuse_infinite
 from quantizers.histogram import Grid, Histogram, importance_of_inputs
 from quantizers.moments import InputMoments
 
@@ -50,6 +50,7 @@ def fit_weight_scales(
     moments: InputMoments | None = None,
     *,
     per_channel: bool = True,
+    widths: Collection[int] = WIDTHS,
 ) -> tuple[Tensor, Tensor]:
     """Find symmetric scales of a weight for all widths, and the error each leaves.
 
@@ -65,6 +66,7 @@ def fit_weight_scales(
         power_of_two: Whether scales are rounded to powers of two.
         moments: What the layer's input was like, for rule `output`.
         per_channel: Whether each output channel has a scale of its own; False: all have one.
+        widths: Those that are looked at; the rows of others are 1.
 
     Returns:
         Scales (9, C_out), or (9, 1), 1 for a channel of zeros; and relative errors sum (w - w^)^2 /
@@ -80,12 +82,12 @@ def fit_weight_scales(
     few: tuple[Tensor, Tensor] | None = None
     if rule == "output":
         if moments is not None and moments.patches and weight.numel():
-            few = output_scales(weight, moments, power_of_two, per_channel=per_channel)
+            few = output_scales(weight, moments, power_of_two, per_channel=per_channel, widths=widths)
         rule = "mse"
     channels = _Channels(rows, rule)
     if few is None:
-        few = channels.fitted(FEW_BITS, rule, power_of_two)
-    scales, errors = channels.fitted([WIDE_BITS], "max", power_of_two)
+        few = channels.fitted(FEW_BITS, rule, power_of_two, widths)
+    scales, errors = channels.fitted([WIDE_BITS], "max", power_of_two, widths)
     return torch.cat([few[0], scales.to(few[0])]), torch.cat([few[1], errors.to(few[1])])
 
 
@@ -103,10 +105,16 @@ class _Channels:
             self.clip = rows.abs().quantile(PERCENTILE, dim=1)
         self.energy = rows.square().sum().clamp_min(torch.finfo(rows.dtype).tiny)
 
-    def fitted(self, widths: Iterable[int], rule: str, power_of_two: bool) -> tuple[Tensor, Tensor]:
-        """Return scales (widths, channels) by a rule, and relative errors (widths,), float32."""
+    def fitted(
+        self, widths: Iterable[int], rule: str, power_of_two: bool, asked: Collection[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Return scales (widths, channels) by a rule, and relative errors (widths,), float32; 1 where nobody asks."""
         scales, errors = [], []
         for bits in widths:
+            if bits not in asked:
+                scales.append(torch.ones_like(self.largest))
+                errors.append(self.energy.new_ones(()))
+                continue
             scale = self.scale(bits, rule)
             if bits > MAX_BITS:
                 # A step of weights that are next to nothing would be none in float32.

@@ -51,6 +51,8 @@ class SchemeLayer(Protocol):
     activation_bits: int | None
     signed: bool  # whether the input was negative during calibration
     training: bool
+    # The only bits that will ever be asked for, where that is known: tensors of other widths may stay as they began.
+    only_bits: tuple[int | None, int | None] | None
     cache: TensorCache
     weight_scale: Tensor
     activation_scale: Tensor

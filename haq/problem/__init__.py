@@ -11,6 +11,7 @@ from hw_models.registry import BUILT_IN, Registry, Row, requires
 
 if TYPE_CHECKING:
     from haq.problem.chance import standard_error as standard_error
+    from haq.problem.channels import ChannelProblem as ChannelProblem
     from haq.problem.evaluator import Evaluation as Evaluation
     from haq.problem.objective import Objective as Objective
     from haq.problem.problem import Problem as Problem
@@ -89,6 +90,7 @@ __getattr__, _, __all__ = lazy_loader.attach(
     submodules=["budget", "chance", "decision", "evaluator", "objective", "prefix_cache", "problem", "sensitivity"],
     submod_attrs={
         "chance": ["standard_error"],
+        "channels": ["ChannelProblem"],
         "evaluator": ["Evaluation"],
         "objective": ["Objective"],
         "problem": ["Problem"],

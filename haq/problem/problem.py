@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,7 @@ from hw_models.widths import FLOAT, PLACES, at_places, pair_words, place_of, pla
 from quantizers.calling import Forward, device_of, inputs_of, leaves, map_tensors, takes, targets_of, to_device
 from quantizers.observers import OnProgress, no_progress
 from quantizers.policy import QUANTIZABLE
+from quantizers.pruning.criterion import Criterion
 
 if TYPE_CHECKING:
     from haq.problem import TabularProblem as Tabular
@@ -129,7 +130,15 @@ class Problem:
     """
 
     residuals: int | None = None
+    _chooses_channels = False
     _several: tuple[Programme | None, list[Decision], tuple[Limit, ...]] = (None, [], ())
+
+    def __new__(cls, *args: Any, prune: Any = None, **kwargs: Any) -> Problem:
+        """Make a problem; one in which channels are chosen too (`haq.problem.channels`), if `prune` says which shares."""
+        if prune is not None and cls is Problem:
+            # Found by its name: it stands on this file.
+            cls = room.ChannelProblem
+        return object.__new__(cls)
 
     def __init__(
         self,
@@ -157,6 +166,8 @@ class Problem:
         at_least: float | str | None = None,
         tradeoff: str | tuple[float, float] | None = None,
         residuals: int | str | None = None,
+        prune: str | Sequence[float] | None = None,
+        criterion: str | Criterion = "l1",
         on_progress: OnProgress = no_progress,
     ) -> None:
         """Trace and price a network, calibrate its quantizers, and evaluate it in float.
@@ -210,6 +221,11 @@ class Problem:
                 (within the budget, beyond it).
             residuals: The width of what additions and average pools take: 8, or "float", which None is too
                 (`quantizers.insert_residual_quantizers`). The float network, which policies are held against, has none.
+            prune: Which shares of its channels a group may keep, beside the widths of layers: "0.25:1" or (0.25, 1.0) for the
+                multiples of 1/8 within, [1, 0.75, 0.5] for just these. None: all channels are kept. What is made then is a
+                `haq.problem.channels.ChannelProblem`.
+            criterion: What says which channels are kept: a name (`quantizers.pruning.criterion_names`), `module:Name`, or a
+                criterion. It means nothing without `prune`.
             on_progress: Told how many of how many steps of calibration are done.
 
         Raises:
@@ -218,6 +234,8 @@ class Problem:
         """
         check_arguments(network, target, metric, bits, pinned)
         check_quantization(correction, rounding)
+        if criterion != "l1" and not self._chooses_channels:
+            raise ValueError("`criterion` says which channels are kept, and without `prune` all are: give both, or neither")
         self.residuals = check_residuals(residuals)
         allowed_bytes(memory, "`memory`")
         if forward is not None and not callable(forward):
@@ -262,6 +280,7 @@ class Problem:
         for name in (self.metric, *self._budgets):
             check_metric(self.schemes, name)
         self._meaningful = meaningful_pairs(self.schemes, {})
+        self._find_channels(example)
         self._price(target)
         self._set_limits()
         count = sum(map(samples_in, self.calibration))
@@ -282,16 +301,26 @@ class Problem:
         errors = [self.schemes[name].quantization_errors(layer) for name, layer in layers.items()]
         self.layer_errors = np.array([[ten_places(one.tolist(), 0.0) for one in of_layer] for of_layer in errors])
         self.quantization_error = np.array([self.layer_errors[list(group)].mean(0) for group in self.groups])
+        self._correction = correction
         began = time.perf_counter()
         with evaluation_mode(network):
             with _no_other_layers(network, self.workload.names):
-                self.evaluator = Evaluator(
-                    qnetwork, samples, teacher=network, tune=tune, objective=self.objective, forward=forward
-                )
+                self.evaluator = self._evaluator_of(qnetwork, samples, tune)
             self.float_result = self.evaluator.measure_teacher()
             self.float_seconds = time.perf_counter() - began
         _check_share(self.objective, self.float_result.value)
         self.goal.check(self.objective, self.float_result.value)
+
+    def _find_channels(self, example: Any) -> None:
+        """Find out, by a batch, which channels can be chosen: none, unless a subclass does otherwise."""
+
+    def _evaluator_of(
+        self, qnetwork: nn.Module, samples: Samples | None, tune: Callable[[nn.Module], nn.Module] | None
+    ) -> Evaluator:
+        """Make what judges policies of a quantized network on samples."""
+        return Evaluator(
+            qnetwork, samples, teacher=self.network, tune=tune, objective=self.objective, forward=self.forward
+        )
 
     @staticmethod
     def tabular(
@@ -890,14 +919,7 @@ class Problem:
             )
         found = _read_search(samples, self.network, self.objective, self.forward, None)
         assert found is not None
-        return Evaluator(
-            Q.copy_network(self.evaluator.network),
-            found,
-            teacher=self.network,
-            tune=self.evaluator.tune,
-            objective=self.objective,
-            forward=self.forward,
-        )
+        return self._evaluator_of(Q.copy_network(self.evaluator.network), found, self.evaluator.tune)
 
     def paired_error(self, policy: Q.BitPolicy, other: Q.BitPolicy) -> float | None:
         """Tell the standard error of the difference of two policies' values on the search samples, paired by sample.

@@ -133,7 +133,7 @@ def _checked(group: ChannelGroup, channels: Any) -> tuple[int, ...]:
         raise ValueError(f"the kept channels of {group.name!r} must be in rising order, each once")
     if numbers[0] < 0 or numbers[-1] >= group.channels:
         raise ValueError(
-            f"group {group.name!r} keeps channels {numbers[0]} to {numbers[-1]}, but its channels are 0 to {group.channels - 1}"
+            f"group {group.name!r} has channels 0 to {group.channels - 1}, and can't keep {numbers[0]} to {numbers[-1]}"
         )
     if group.unit > 1:
         units = sorted({channel // group.unit for channel in numbers})

@@ -133,8 +133,9 @@ class Linear(Scheme, name="linear"):
         moments = None
         if observer is not None:
             moments = observer.moments
+        of_weight, _ = _asked(layer)
         scale, error = fit_weight_scales(
-            layer.weight, self.calibration, self.power_of_two, moments, per_channel=self.per_channel
+            layer.weight, self.calibration, self.power_of_two, moments, per_channel=self.per_channel, widths=of_weight
         )
         set_rows(layer.weight_scale, scale)
         set_rows(layer.weight_error, error)
@@ -145,7 +146,7 @@ class Linear(Scheme, name="linear"):
         layer.activation_signed.fill_(observer.signed)
         asymmetric = self.asymmetric and observer.signed
         signed = self._has_signed_integers(observer.signed)
-        sample = observer.sample()
+        _, widths = _asked(layer)
         if self.calibration == OUTPUT or asymmetric:
             assert observer.histogram is not None
             grids = observer.histogram.grids(
@@ -155,17 +156,25 @@ class Linear(Scheme, name="linear"):
                 signed=signed,
                 asymmetric=asymmetric,
                 power_of_two=self.power_of_two,
+                widths=widths,
             )
             scale, error, zero_point = grids
         else:
+            sample = observer.sample()
             scale, error = fit_activation_scales(sample, observer.largest, signed, self.calibration, self.power_of_two)
             zero_point = torch.zeros_like(scale)
         widest = widest_grid(observer, signed, asymmetric, self.power_of_two)
         set_rows(layer.activation_scale, torch.cat([scale, scale.new_tensor([widest.scale])]))
         origin = None
         if asymmetric:
-            origin = sample.new_tensor(widest.zero_point)
+            origin = torch.tensor(widest.zero_point)
             set_rows(tensor_of(layer, ZERO), torch.cat([zero_point, zero_point.new_tensor([widest.zero_point])]))
+        if WIDE_BITS not in widths:
+            set_rows(layer.activation_error, torch.cat([error, error.new_ones(1)]))
+            return
+        sample = observer.sample()
+        if origin is not None:
+            origin = origin.to(sample)
         is_signed = signed and not asymmetric
         made = fake_quantize(sample, sample.new_tensor(widest.scale), WIDE_BITS, is_signed, zero_point=origin, reuse=True)
         set_rows(layer.activation_error, torch.cat([error, relative_error(sample, made).view(1).to(error)]))
@@ -217,6 +226,14 @@ class Linear(Scheme, name="linear"):
     def weight_step(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return the scale of each output channel."""
         return row(layer.weight_scale, bits)
+
+
+def _asked(layer: SchemeLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the widths of weights and of inputs that may ever be asked for."""
+    if layer.only_bits is None:
+        return WIDTHS, WIDTHS
+    of_weight, of_input = (tuple(bits for bits in (only,) if bits is not None) for only in layer.only_bits)
+    return of_weight, of_input
 
 
 @dataclass(frozen=True)
