@@ -91,9 +91,9 @@ class Effort:
     """
 
     evaluations: int = 60
-    epochs: int = 3
+    epochs: int = 4
     finalists: int = 3
-    images: int = 4000
+    images: int = 2000
     search_images: int = 1000
     training: int = 8
 
@@ -116,7 +116,7 @@ class Block(nn.Module):
         return self.relu(self.second(self.first(x)) + self.shortcut(x))
 
 
-def residual(widths: Sequence[int] = (16, 48, 96)) -> nn.Module:
+def residual(widths: Sequence[int] = (8, 64, 96)) -> nn.Module:
     """Make the network: a convolution and two blocks, each of half the resolution, and a linear layer."""
     stem, middle, last = widths
     return nn.Sequential(
