@@ -1,7 +1,30 @@
 """What of a network isn't needed: groups of channels, criteria that say which, and binary filters whose masks are off."""
 
-from quantizers.pruning.criteria import L1, L2, BatchNormScale, GeometricMedian, KernelSparsityEntropy, Random, Taylor
-from quantizers.pruning.criterion import Criterion, Ranking, ScoreRanking, criterion_names, criterion_rows, select
+from quantizers.kept import (
+    kept_channels,
+)
+from quantizers.pruning.channels import (
+    ChannelGroup,
+    ChannelGroups,
+    Member,
+)
+from quantizers.pruning.criteria import (
+    L1,
+    L2,
+    BatchNormScale,
+    GeometricMedian,
+    KernelSparsityEntropy,
+    Random,
+    Taylor,
+)
+from quantizers.pruning.criterion import (
+    Criterion,
+    Ranking,
+    ScoreRanking,
+    criterion_names,
+    criterion_rows,
+    select,
+)
 from quantizers.pruning.filters import (
     MainSubsidiary,
     WithConstants,
@@ -10,18 +33,24 @@ from quantizers.pruning.filters import (
     masked_layers,
     remove_filters,
 )
-from quantizers.pruning.groups import ChannelGroup, ChannelGroups, Member, channel_groups
-from quantizers.pruning.removal import kept_channels, mask_channels, remove_channels
+from quantizers.pruning.groups import (
+    apply_kept,
+    channel_groups,
+)
+from quantizers.pruning.removal import (
+    mask_channels,
+    remove_channels,
+)
 
 __all__ = [
-    "L1",
-    "L2",
     "BatchNormScale",
     "ChannelGroup",
     "ChannelGroups",
     "Criterion",
     "GeometricMedian",
     "KernelSparsityEntropy",
+    "L1",
+    "L2",
     "MainSubsidiary",
     "Member",
     "Random",
@@ -29,6 +58,7 @@ __all__ = [
     "ScoreRanking",
     "Taylor",
     "WithConstants",
+    "apply_kept",
     "channel_groups",
     "criterion_names",
     "criterion_rows",
