@@ -20,7 +20,7 @@ from haq.problem import ROBUST
 from haq.problem.evaluator import Evaluation
 from haq.problem.problem import Problem
 from haq.solvers.base import Solver, find_solver
-from haq.solvers.space import Space
+from haq.solvers.joint_space import space_of
 from haq.store import history
 from haq.store.files import CONFIG, HISTORY, PROBLEM
 from haq.store.history import HistoryRow
@@ -190,7 +190,7 @@ class _Gathered:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self._space = Space(problem)
+        self._space = space_of(problem)
         self._trials: dict[Q.BitPolicy, KnownTrial] = {}
         self._counts: Counter[str] = Counter()
         self._left_out: set[Q.BitPolicy] = set()
