@@ -31,8 +31,11 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import hashlib
+import inspect
 import itertools
 import logging
+import shlex
 import statistics
 import sys
 import time
@@ -45,6 +48,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import haq
@@ -95,11 +99,9 @@ class Effort:
     finalists: int = 3
     images: int = 2000
     search_images: int = 1000
-    training: int = 8
+    training: int = 10
 
 
-BATCH = 64  # of fine-tuning
-RATE = 0.01  # of fine-tuning, the highest
 
 
 class Block(nn.Module):
@@ -192,11 +194,7 @@ class Bench:
         self.seed = seed
         self.effort = effort
         dataset = data.load()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.network = networks.Network("residual", residual(), (1, 28, 28), (0.286,), (0.353,))
-        training.fit(self.network, dataset.train, training.TrainConfig(effort.training, learning_rate=0.1, seed=seed))
-        self.network.module.eval()
+        self.network = trained(seed, effort.training, dataset.train)
         self.calibration = self.network.preprocess(dataset.train.images[dataset.fair(512)]).contiguous()
         self.tuned_on = _part(dataset.train, effort.images)
         self.judged_by = _part(dataset.search, effort.search_images)
@@ -232,9 +230,28 @@ class Bench:
         """Fine-tune a network, with the float network as teacher."""
         if not epochs:
             return network
-        return training.finetune(
-            self.network, network, self.tuned_on, epochs=epochs, seed=seed, batch_size=BATCH, learning_rate=RATE
-        )
+        return training.finetune(self.network, network, self.tuned_on, epochs=epochs, seed=seed)
+
+
+def trained(seed: int, epochs: int, split: data.Split) -> networks.Network:
+    """Train the network; what was trained before is read from where downloads are kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = networks.Network("residual", residual().eval(), (1, 28, 28), (0.286,), (0.353,))
+    config = training.TrainConfig(epochs, learning_rate=0.1, seed=seed)
+    code = "".join(inspect.getsource(part) for part in (Block, residual, trained))
+    digest = hashlib.sha256(f"{code} {config} {len(split)}".encode()).hexdigest()[:12]
+    file = data.cache_folder() / f"{NAME}-{digest}.safetensors"
+    if file.is_file():
+        network.module.load_state_dict(load_file(file))
+        return network
+    training.fit(network, split, config)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.part")
+    save_file({key: tensor.contiguous() for key, tensor in network.module.state_dict().items()}, partial)
+    partial.replace(file)
+    network.module.eval()
+    return network
 
 
 def _part(split: data.Split, count: int) -> data.Split:
@@ -734,7 +751,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.seeds, given.budgets = 1, given.budgets[:1]
         effort = Effort(evaluations=6, epochs=1, finalists=2, images=320, search_images=100, training=1)
     out = shared.folder_for(given.out, given.quick, FOLDER)
-    command = " ".join(["python", "-m", f"experiments.{NAME}", *(arguments or sys.argv[1:])])
+    command = shlex.join(["python", "-m", f"experiments.{NAME}", *(arguments or sys.argv[1:])])
     rows: list[Row] = []
     criteria: list[CriterionRow] = []
     if out is not None:
