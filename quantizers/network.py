@@ -561,8 +561,8 @@ def quantizer_state(network: nn.Module) -> dict[str, Tensor]:
     for name, layer in quant_layers(network).items():
         if layer.only_bits is not None:
             raise ValueError(
-                f"layer {name!r} was calibrated for the bits of one policy alone, and has no state of all widths: quantize the "
-                "network without `alone`"
+                f"layer {name!r} was calibrated for the bits of one policy alone, and has no state of all widths: quantize "
+                "the network without `alone`"
             )
         for key in layer.state_names:
             state[f"{name}.{key}"] = getattr(layer, key).detach().clone()
