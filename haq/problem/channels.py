@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from haq.problem.channel_costs import MEAN_BITS, VariantCosts
 from haq.problem.channel_evaluation import ChannelEvaluator, Recipe, frozen_norms
 from haq.problem.channel_shapes import Shapes
 from haq.problem.decision import Decision, priced
-from haq.problem.limits import PeakLimit
+from haq.problem.joint import JointCosts
+from haq.problem.limits import Limit, PeakLimit
 from haq.problem.problem import NotAllowed, Problem
 from haq.problem.samples import Samples, outputs_of, samples_in
 from haq.problem.shares import read_shares, shares_words
@@ -94,6 +95,7 @@ class ChannelProblem(Problem):
     not_pruned: dict[str, str]
     evaluator: ChannelEvaluator
     _chooses_channels = True
+    _joint: tuple[JointCosts | None, list[Decision], tuple[Limit, ...]] = (None, [], ())
 
     def __init__(self, *given: Any, prune: Any = None, criterion: str | Criterion = "l1", **named: Any) -> None:
         """Make a problem as `Problem` does.
@@ -621,6 +623,45 @@ class ChannelProblem(Problem):
         workload = self._shapes.workload_of(counts)
         return workload, costs.table_of(workload, costs.rows(self._shapes.sizes(counts[None]))[0])
 
+    def prices_at(self, numbers: Numbers) -> NDArray[np.float64]:
+        """Return what the layers cost for given channels, by every limit that is a sum.
+
+        Args:
+            numbers: An option for every channel decision, shape (channel decisions,).
+
+        Returns:
+            In the order of `limits`, shape (limits, layers, 10, 10); infinite for pairs of widths that the target can't do.
+        """
+        costs = self._costs
+        assert costs is not None
+        found = costs.of_cells(costs.rows(self._shapes.sizes(self._counts(np.asarray(numbers)[None]))))[0]
+        columns = [costs.metrics.index(limit.metric) for limit in self.limits if limit.is_sum]
+        return found[columns].reshape(len(columns), len(self.workload), PLACES, PLACES)
+
+    def elements_at(self, numbers: Numbers) -> Numbers:
+        """Return how many values every activation holds for one image.
+
+        Args:
+            numbers: Options of the channel decisions, shape (policies, channel decisions).
+
+        Returns:
+            Shape (policies, buffers), in the order of the workload's.
+        """
+        return self._shapes.elements(self._counts(numbers))
+
+    @property
+    def joint(self) -> JointCosts:
+        """Return what channels and widths cost together, made once for the limits.
+
+        Raises:
+            ValueError: As `JointCosts` does.
+        """
+        made, decisions, limits = self._joint
+        if made is None or decisions is not self.decisions or limits is not self.limits:
+            made = JointCosts(self)
+            self._joint = (made, self.decisions, self.limits)
+        return made
+
     def channel_words(self, keep: Shares) -> dict[str, str]:
         """Say for tables, by layer, how many of its output channels are kept: {"features.0": "16 of 32"}; all layers."""
         counts = self._counts(self.numbers_of(keep)[None])[0]
@@ -630,6 +671,11 @@ class ChannelProblem(Problem):
             if layer.out_channels < whole.out_channels:
                 words[whole.name] = f"{layer.out_channels} of {whole.out_channels}"
         return words
+
+
+def chooses_channels(problem: Problem) -> TypeGuard[ChannelProblem]:
+    """Say whether channels are to be chosen in a problem; not where they are chosen already (`ChannelProblem.at`)."""
+    return isinstance(problem, ChannelProblem) and bool(problem.channel_decisions)
 
 
 def _keep_of(policy: object) -> dict[str, float]:

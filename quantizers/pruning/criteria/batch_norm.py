@@ -33,8 +33,9 @@ class BatchNormScale(Criterion, name="bn-scale"):
             ValueError: Naming the group, if no batch norm with a scale is in it.
         """
         made = []
+        modules = dict(network.named_modules())
         for member in group.members:
-            module = network.get_submodule(member.module)
+            module = modules.get(member.module)
             if not isinstance(module, _BatchNorm) or module.weight is None:
                 continue
             scales = module.weight.detach().double().cpu().abs()[:, None]
