@@ -158,12 +158,16 @@ class JointEpisodes:
         self.joint: Joint = problem.joint
         self.free = [int(place) for place in self.joint.free]
         if not self.free:
-            raise ValueError("every group has a single share and every layer a single pair of bits: there is nothing to decide")
+            raise ValueError(
+                "every group has a single share and every layer a single pair of bits: there is nothing to decide"
+            )
         if losses is None:
             losses = default_losses(problem)
         self._losses = [np.asarray(row, float) for row in losses]
         self._rungs = [rungs(pairs) for pairs in self.joint.pairs]
-        every = np.concatenate([self._rungs[place - self.joint.groups] for place in self.free if self._is_widths(place)] or [[1]])
+        every = np.concatenate(
+            [self._rungs[place - self.joint.groups] for place in self.free if self._is_widths(place)] or [[1]]
+        )
         self._low, self._high = int(np.min(every)), int(np.max(every))
         self._plans = self.joint.plans(self._losses)
         self._plan = np.array(self.joint.planned(self._losses), np.int64)

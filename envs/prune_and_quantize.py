@@ -15,20 +15,20 @@ class PruneAndQuantizeEnv(PolicyEnv):
     """Choose the channels that every group keeps, and then both widths of every layer, within all hardware budgets.
 
     ## Description
-    One episode decides one policy. First come the groups of channels (`quantizers.pruning`), one step each, in the order of the
-    network; then the layers, or layers that are tied. What can be chosen in one way only is decided already. Costs are those of
-    the really smaller layers.
+    One episode decides one policy. First come the groups of channels (`quantizers.pruning`), one step each, in the order of
+    the network; then the layers, or layers that are tied. What can be chosen in one way only is decided already. Costs are
+    those of the really smaller layers.
 
     Every finished episode meets all budgets, and none can hit a wall at its end: a step takes nothing after which the
-    cheapest that may follow doesn't fit. For groups that are the channels at which the budgets leave most room, found once for
-    the problem, with the cheapest pair in every layer; this holds on targets too where fewer channels cost more.
+    cheapest that may follow doesn't fit. For groups that are the channels at which the budgets leave most room, found once
+    for the problem, with the cheapest pair in every layer; this holds on targets too where fewer channels cost more.
 
-    There is a plan: shares and pairs with a small sum of predicted losses within the budgets. Actions are relative to it. That
-    of the channels is made once; that of the widths for the channels that were decided, anew after each step.
+    There is a plan: shares and pairs with a small sum of predicted losses within the budgets. Actions are relative to it.
+    That of the channels is made once; that of the widths for the channels that were decided, anew after each step.
 
     ## Action space
-    Box(-1, 1, (2,), float32). Of a group the first entry asks for the share of its channels, and the second isn't looked at; of
-    a layer they ask for the widths of weights and activations.
+    Box(-1, 1, (2,), float32). Of a group the first entry asks for the share of its channels, and the second isn't looked at;
+    of a layer they ask for the widths of weights and activations.
 
     | action | share asked for | width asked for |
     |---|---|---|
@@ -39,10 +39,10 @@ class PruneAndQuantizeEnv(PolicyEnv):
     and linear between, in the order of the shares and of the widths. The nearest of what may be taken is taken.
 
     ## Observation space
-    Box(-1, 1, (47 + 2 x steps,), float32): `features`, then what was decided so far, two entries a step (0 for those to come).
-    The first features describe the layer, or the layers that a group makes smaller; the next what each share, each width of
-    weights and each width of activations is predicted to add to the loss; the last how many channels are kept, how much of the
-    tightest budget is used in the end at least, what the plan is, and what loss is predicted.
+    Box(-1, 1, (47 + 2 x steps,), float32): `features`, then what was decided so far, two entries a step (0 for those to
+    come). The first features describe the layer, or the layers that a group makes smaller; the next what each share, each
+    width of weights and each width of activations is predicted to add to the loss; the last how many channels are kept, how
+    much of the tightest budget is used in the end at least, what the plan is, and what loss is predicted.
 
     ## Rewards
     0, and at the end of the episode 10 x (accuracy of the policy - accuracy of the unpruned float network); of an objective
@@ -56,10 +56,10 @@ class PruneAndQuantizeEnv(PolicyEnv):
     the episode's actions that lay at a bound. Never truncates.
 
     ## Arguments
-    `gymnasium.make("haq/PruneAndQuantize-v0", problem=problem, losses=losses, judge=judge)`. `losses` is how much every option
-    is predicted to add to the loss, a row for every group and then for every decision; without it the relative squared errors
-    of calibration, and the part of the squared weights that is removed, stand for it. `judge(policy)` evaluates the policy of a
-    finished episode; without it `problem.evaluate` does.
+    `gymnasium.make("haq/PruneAndQuantize-v0", problem=problem, losses=losses, judge=judge)`. `losses` is how much every
+    option is predicted to add to the loss, a row for every group and then for every decision; without it the relative squared
+    errors of calibration, and the part of the squared weights that is removed, stand for it. `judge(policy)` evaluates the
+    policy of a finished episode; without it `problem.evaluate` does.
     """
 
     problem: JointProblem

@@ -481,8 +481,6 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
     source = networks.name_of_checkpoint(network.name, out)
     trusting = trust.trust_words(name for name in scheme_parts(options.scheme or LINEAR) if ":" in name)
     _print_outcome(output, options, outcome)
-    for sentence in method.words():
-        say(output.results, sentence)
     for name, value in values.items():
         split = getattr(dataset, name)
         say(output.results, f"{objective.title} on the {name} split: {_shown(objective, value, len(split))} {_of(split)}")
@@ -725,6 +723,7 @@ def _train(
         amp=options.amp,
     )
     judge = _judge(network, dataset, objective, adversary)
+    method = as_method(options.method)
     before: training.Judgement | None = None
     untrained = network.module
     # What training is to make of a network beside its accuracy isn't seen in how it was before.
@@ -773,6 +772,8 @@ def _train(
             Q.load_quantizer_state(network.module, Q.quantizer_state(untrained))
     if events is not None:
         events.close()
+    for sentence in method.report():
+        say(output.results, sentence)
     if clipping is not None:
         share = percent(clipping.mean_share, 3)
         say(output.results, f"one-bit weights that clipping changed: {share} at each step, on average")

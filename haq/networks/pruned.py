@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 import quantizers as Q
-from haq.store.files import kind_of, quoted
+from haq.store.files import quoted
 from quantizers.kept import channel_sizes, record_kept
 from quantizers.pruning.channels import IN, OUT
 from quantizers.pruning.layers import FOLLOWED, has_one_input_per_group, is_depthwise, set_size
@@ -78,13 +78,13 @@ def read_channels(notes: Mapping[str, str]) -> Kept:
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    """Read what a note says by group of channels. Raises ValueError for anything but a mapping of lists, and for a large one."""
+    """Read what a note says by group of channels. ValueError for anything but a mapping, and for a large one."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError("its channels are no JSON") from error
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"its channels are {kind_of(content)}, where lists of numbers by group are wanted")
+        raise ValueError(f"its channels are {quoted(content)}, where lists of numbers by group are wanted")
     if len(content) > MOST_GROUPS or sum(len(one) for one in content.values() if isinstance(one, list)) > MOST_CHANNELS:
         raise ValueError(f"its channels are of more than {MOST_GROUPS:,} groups, or more than {MOST_CHANNELS:,}")
     return content

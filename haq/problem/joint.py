@@ -5,27 +5,25 @@ decision. For given channels costs are sums over the decisions. So prices are ke
 choice of the channels that it has to do with, which are computed once they are met; what any number of vectors cost are then
 look-ups.
 
-All pairs of widths that may be chosen are options here, those too that cost as much as one with more bits: which ones these
-are depends on the channels.
+Among the pairs of a decision there are some that cost as much as one with more bits: which ones these are depends on the
+channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from envs.plan import Plan
-from haq.problem.decision import Decision, priced
-from haq.problem.limits import ROUNDING
-from haq.problem.peak import PeakOfDecisions
+from haq.problem.channel_costs import MEAN_BITS
+from haq.problem.decision import Decision
+from haq.problem.limits import ROUNDING, Limit, PeakLimit
+from haq.problem.peak import FLOAT_BITS, PeakOfDecisions
 from haq.problem.programme import Programme
-from hw_models.widths import at_places, places
-
-if TYPE_CHECKING:
-    from haq.problem.channels import ChannelProblem
+from hw_models import Workload
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -38,6 +36,36 @@ STEEP, FLAT = 1e3, 1e-4  # the highest and the lowest of them, in parts of what 
 FAR = 1e6  # parts of a limit that stand for more than any
 ROUNDS = 60  # changes of one group's channels that a plan makes at most
 CHUNK = 1 << 15  # vectors that are looked at together
+
+
+class PricedChannels(Protocol):
+    """What costs are made of; `haq.problem.channels.ChannelProblem` has it."""
+
+    limits: tuple[Limit, ...]
+    peak: PeakLimit | None
+
+    @property
+    def workload(self) -> Workload:
+        """The unpruned network's layers."""
+        ...
+
+    @property
+    def decisions(self) -> Sequence[Decision]:
+        """What there is to decide of widths."""
+        ...
+
+    @property
+    def channel_decisions(self) -> Sequence[Any]:
+        """What there is to decide of channels."""
+        ...
+
+    def prices_at(self, numbers: NDArray[np.int64]) -> Floats:
+        """Return what layers cost at every pair of widths, shape (limits that are sums, layers, 10, 10)."""
+        ...
+
+    def elements_at(self, numbers: Options) -> NDArray[np.int64]:
+        """Return how many values every buffer holds for one image, shape (policies, buffers)."""
+        ...
 
 
 class JointCosts:
@@ -53,35 +81,39 @@ class JointCosts:
         kept: What others make of these costs and keep with them, by name.
     """
 
-    def __init__(self, problem: ChannelProblem) -> None:
+    def __init__(self, problem: PricedChannels) -> None:
         """Lay out a problem.
 
         Args:
             problem: What is searched.
 
         Raises:
-            ValueError: If no policy within all budgets is found.
+            ValueError: If no policy within all budgets is found, and for a limit that is no sum over the layers that are kept.
         """
         self.problem = problem
         self.kept: dict[str, Any] = {}
         self._decisions = problem.decisions
         channels = problem.channel_decisions
         self.groups = len(channels)
-        self.pairs = _allowed_pairs(problem)
+        self.pairs = [decision.pairs for decision in problem.decisions]
         self.counts = np.array([*(len(one.shares) for one in channels), *map(len, self.pairs)], np.int64)
         self.free = np.flatnonzero(self.counts > 1)
         sums = [limit for limit in problem.limits if limit.is_sum]
         self.limits = np.array([limit.amount for limit in sums])
-        self._metrics = [limit.metric for limit in sums]
+        if any(limit.metric == MEAN_BITS for limit in sums):
+            raise ValueError(
+                f"a budget of {MEAN_BITS} is a mean over the weights that are kept, which channels can't be chosen within: "
+                "limit storage instead"
+            )
         most = max(map(len, self.pairs))
         self.there = np.arange(most) < self.counts[self.groups :, None]
         self._set_keys()
         self._prices = np.full((len(sums), ROOM, most), np.inf)
         self._decision_of = np.zeros(ROOM, np.int64)
         self._rows = 0
-        self._peak = _peak_of(problem, self.pairs)
-        if self._peak is not None:
-            self._elements = _Elements(problem, self._peak)
+        self._peak = None
+        if problem.peak is not None:
+            self._peak = PeakOfDecisions.of(problem.workload, problem.decisions, problem.peak.batch, problem.peak.amount)
         self.anchor = self._find_anchor()
 
     def _set_keys(self) -> None:
@@ -137,14 +169,13 @@ class JointCosts:
 
     def _learn(self, numbers: NDArray[np.int64], keys: NDArray[np.int64], missing: NDArray[np.intp]) -> None:
         """Compute rows of prices that are missing for a choice of channels."""
-        _, table = self.problem.shape_of(self.problem.keep_of(numbers))
-        tables = [priced(table, metric) for metric in self._metrics]
+        tables = self.problem.prices_at(numbers)
         for place in missing.tolist():
             if self._rows == len(self._decision_of):
                 self._prices = np.concatenate([self._prices, np.full(self._prices.shape, np.inf)], axis=1)
                 self._decision_of = np.concatenate([self._decision_of, np.zeros_like(self._decision_of)])
             layers = list(self._decisions[place].layers)
-            w, a = places(self.pairs[place]).T
+            w, a = self._decisions[place].places.T
             for limit, prices in enumerate(tables):
                 self._prices[limit, self._rows, : len(w)] = prices[layers].sum(0)[w, a]
             self._decision_of[self._rows] = place
@@ -184,7 +215,7 @@ class JointCosts:
         assert peak is not None
         widths = peak.widths[np.arange(len(self._decisions)), options[:, self.groups :]]
         widest = np.where(peak.reads, widths[:, None], 0).max(2)
-        bits = np.where(peak.reads.any(1), widest, 32)
+        bits = np.where(peak.reads.any(1), widest, FLOAT_BITS)
         sizes = -(-self._elements(options[:, : self.groups]) * bits // 8)
         held: Floats = (sizes.astype(float) @ peak.alive.T.astype(float)).max(1)
         return held
@@ -195,6 +226,11 @@ class JointCosts:
         if self._peak is not None:
             parts = np.concatenate([parts, self.peaks(options)[:, None] / self._peak.limit], axis=1)
         return parts
+
+    def _elements(self, numbers: Options) -> NDArray[np.int64]:
+        """Return how many values every buffer holds in all images of the target's batch, shape (policies, buffers)."""
+        assert self.problem.peak is not None
+        return self.problem.elements_at(numbers) * self.problem.peak.batch
 
     def fits(self, options: Options) -> Flags:
         """Tell which policies are within all budgets, shape (policies,)."""
@@ -250,7 +286,7 @@ class JointCosts:
         sizes = self.counts[: self.groups]
         best = np.zeros(self.groups, np.int64)
         least = np.inf
-        for start in (np.zeros(self.groups, np.int64), sizes - 1):
+        for start in self.diagonals():
             now = start.copy()
             value = float(self.at_least(now[None]).max())
             improved = self.groups > 0
@@ -477,64 +513,3 @@ class Grades:
         fits = self._amounts[:, rows].sum(-1) <= 1 + ROUNDING
         grade = np.where(fits.any(0), fits.argmax(0), GRADES - 1)
         return self._picks[grade[:, None], rows]
-
-
-class _Elements:
-    """How many values every buffer holds for given channels, in all images of the target's batch."""
-
-    def __init__(self, problem: ChannelProblem, peak: PeakOfDecisions) -> None:
-        """Find out what every group adds to every buffer, and whether that adds up."""
-        self._problem = problem
-        self._batch = problem.table.batch
-        counts = [len(one.shares) for one in problem.channel_decisions]
-        self._full = peak.elements
-        whole = np.array([count - 1 for count in counts], np.int64)
-        self._less = []
-        for group, count in enumerate(counts):
-            less = np.zeros((count, len(self._full)), np.int64)
-            for number in range(count - 1):
-                numbers = whole.copy()
-                numbers[group] = number
-                less[number] = self._full - self._exactly(numbers)
-            self._less.append(less)
-        self._known: dict[tuple[int, ...], NDArray[np.int64]] = {}
-        self._adds_up = True
-        draws = np.random.default_rng(0)
-        for numbers in (np.zeros_like(whole), *(draws.integers(counts) for _ in range(3))):
-            self._adds_up &= np.array_equal(self._sums(numbers[None])[0], self._exactly(numbers))
-
-    def __call__(self, numbers: Options) -> NDArray[np.int64]:
-        """Return the values, shape (policies, buffers), for channels of shape (policies, groups)."""
-        if self._adds_up:
-            return self._sums(numbers)
-        for row in set(map(tuple, numbers.tolist())) - set(self._known):
-            self._known[row] = self._exactly(np.array(row, np.int64))
-        return np.array([self._known[row] for row in map(tuple, numbers.tolist())])
-
-    def _sums(self, numbers: Options) -> NDArray[np.int64]:
-        found = np.repeat(self._full[None], len(numbers), axis=0)
-        for group, less in enumerate(self._less):
-            found -= less[numbers[:, group]]
-        return found
-
-    def _exactly(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        workload, _ = self._problem.shape_of(self._problem.keep_of(numbers))
-        return np.array([buffer.elements * self._batch for buffer in workload.buffers], np.int64)
-
-
-def _allowed_pairs(problem: ChannelProblem) -> list[NDArray[np.int64]]:
-    """List the pairs of widths that every decision may take, whatever they cost."""
-    allowed = problem._allowed(problem.widths.mask)
-    found = []
-    for decision in problem.decisions:
-        together = allowed[list(decision.layers)].all(0)
-        found.append(at_places(np.argwhere(together)))
-    return found
-
-
-def _peak_of(problem: ChannelProblem, pairs: Iterable[NDArray[np.int64]]) -> PeakOfDecisions | None:
-    """Describe the limit of peak memory by all pairs, with all channels; None if there is none."""
-    if problem.peak is None:
-        return None
-    decisions = [decision._replace(pairs=of) for decision, of in zip(problem.decisions, pairs, strict=True)]
-    return PeakOfDecisions.of(problem.workload, decisions, problem.peak.batch, problem.peak.amount)

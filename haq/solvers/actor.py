@@ -35,7 +35,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 import envs
 from envs.base import reward_of, unit_box
 from envs.view import FEATURES
-from haq.problem.channels import ChannelProblem
+from haq.problem.channels import chooses_channels
 from haq.problem.evaluator import Evaluation, one_thread
 from haq.problem.problem import Problem
 from haq.solvers.agent_file import AgentFile
@@ -196,7 +196,7 @@ class Actor:
         self.name = name
         self.env: envs.MixedPrecisionEnv | envs.PruneAndQuantizeEnv
         self._shown: gymnasium.Env[Any, Any]  # as the agent sees it
-        if isinstance(problem, ChannelProblem):
+        if chooses_channels(problem):
             joint = envs.PruneAndQuantizeEnv(problem, losses)
             self.env = self._shown = joint
             self._view: Callable[[Floats], Floats] = np.asarray

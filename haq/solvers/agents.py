@@ -35,7 +35,7 @@ from torch import Tensor
 
 import envs
 import quantizers as Q
-from haq.problem.channels import ChannelProblem
+from haq.problem.channels import ChannelProblem, chooses_channels
 from haq.problem.evaluator import Evaluation, one_thread
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import Problem
@@ -208,7 +208,7 @@ class Agent(Solver):
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
         """Search in one of the two environments, and leave global generators as they were."""
-        if isinstance(problem, ChannelProblem):
+        if chooses_channels(problem):
             self._solve_jointly(problem, session, seed)
             return
         if all(len(decision.pairs) == 1 for decision in problem.decisions):
@@ -233,7 +233,7 @@ class Agent(Solver):
         """Search channels and widths. Raises ValueError for what an agent can't do there."""
         if session.env != PLAN:
             raise ValueError(
-                f"the environment {session.env!r} knows no channels: search channels and widths in {PLAN!r}, or leave prune out"
+                f"environment {session.env!r} knows no channels: search channels and widths in {PLAN!r}, or leave prune out"
             )
         if session.agent is not None:
             raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from haq.problem.channels import ChannelProblem
+from haq.problem.channels import ChannelProblem, chooses_channels
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.limits import ROUNDING
 from haq.problem.problem import Problem
@@ -44,7 +44,7 @@ class Exhaustive(Solver):
                 f"there are {count:.3g} policies; exhaustive search of {session.evaluations} evaluations is hopeless"
             )
         every = map(list, itertools.product(*options))
-        if isinstance(problem, ChannelProblem):
+        if chooses_channels(problem):
             chosen = _fitting(problem, every)
         else:
             chosen = [picks for picks in every if problem.fits(picks)]

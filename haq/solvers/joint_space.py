@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 import quantizers as Q
-from haq.problem.channels import ChannelProblem
+from haq.problem.channels import ChannelProblem, chooses_channels
 from haq.problem.joint import Grades
 from haq.problem.limits import ROUNDING
 from haq.problem.problem import NotAllowed, Problem
@@ -210,8 +210,8 @@ class JointSpace(Space):
     def _is_widest(self, decision: int) -> Flags:
         """Tell which pairs of a decision no other has more bits than, shape (options,)."""
         count = self.counts[self.groups + decision]
-        found: Flags = ~self._more[self.groups + decision, :count, :count].any(1)
-        return found
+        has_more: Flags = np.any(self._more[self.groups + decision, :count, :count], axis=1)
+        return ~has_more
 
     def random(self, count: int, draws: np.random.Generator) -> Options:
         """Draw policies that fill the budgets: so many, or fewer, but one at least."""
@@ -287,7 +287,7 @@ def space_of(problem: Problem) -> Space:
     Returns:
         Its space.
     """
-    if isinstance(problem, ChannelProblem):
+    if chooses_channels(problem):
         return JointSpace(problem, removal_losses(problem))
     return Space(problem)
 
@@ -304,7 +304,7 @@ def drawing_space(problem: ChannelProblem) -> JointSpace:
 
 def option_counts(problem: Problem) -> list[int]:
     """Count the options of everything that a problem lets one decide: of channels, if there are any, then of widths."""
-    if isinstance(problem, ChannelProblem):
+    if chooses_channels(problem):
         counts: list[int] = problem.joint.counts.tolist()
         return counts
     return [len(decision.pairs) for decision in problem.decisions]

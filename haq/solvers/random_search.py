@@ -7,7 +7,7 @@ from collections.abc import Collection
 import numpy as np
 
 import quantizers as Q
-from haq.problem.channels import ChannelProblem
+from haq.problem.channels import chooses_channels
 from haq.problem.problem import Problem
 from haq.problem.programme import STEP, Programme
 from haq.solvers.base import Session, Solver
@@ -82,7 +82,7 @@ def draw(problem: Problem, random: np.random.Generator) -> list[int]:
 
 def policy(problem: Problem, chosen: list[int]) -> Q.BitPolicy:
     """Make the policy of an option per decision."""
-    if isinstance(problem, ChannelProblem):
+    if chooses_channels(problem):
         return drawing_space(problem).policy(chosen)
     return problem.decide(decision.pairs[pick] for decision, pick in zip(problem.decisions, chosen, strict=True))
 
@@ -98,7 +98,7 @@ def lowered(problem: Problem, chosen: list[int], random: np.random.Generator) ->
     Returns:
         An option per decision.
     """
-    if isinstance(problem, ChannelProblem):
+    if chooses_channels(problem):
         return _lowered_jointly(drawing_space(problem), chosen, random)
     if problem.several is not None:
         return _lowered_within_all(problem.several, chosen, random)
@@ -165,7 +165,7 @@ def filled(problem: Problem, chosen: list[int], random: np.random.Generator) -> 
     Returns:
         An option per decision.
     """
-    if isinstance(problem, ChannelProblem):
+    if chooses_channels(problem):
         full: list[int] = drawing_space(problem).filled(np.array([chosen]), random)[0].tolist()
         return full
     chosen = list(chosen)
@@ -192,6 +192,6 @@ def filled(problem: Problem, chosen: list[int], random: np.random.Generator) -> 
 
 def total_price(problem: Problem, chosen: list[int]) -> float:
     """Sum the prices of an option per decision, in the metric's unit."""
-    if isinstance(problem, ChannelProblem):
+    if chooses_channels(problem):
         return float(problem.joint.totals(np.array([chosen]))[0, 0])
     return sum(float(decision.prices[pick]) for decision, pick in zip(problem.decisions, chosen, strict=True))

@@ -32,8 +32,7 @@ def removal_losses(problem: ChannelProblem) -> list[Floats] | None:
     """Tell what every choice of channels is predicted to lose, all other groups keeping theirs; it costs no evaluation.
 
     That is the divergence of the outputs on calibration inputs from the float network's, once statistics of norms are taken
-    anew, in nats where outputs are scores; with the largest widths, less what these alone lose. Fewer channels are never taken
-    to be better.
+    anew, in nats where outputs are scores; nothing is quantized. Fewer channels are never taken to be better.
 
     Args:
         problem: A problem of channels and widths.
@@ -61,14 +60,13 @@ def _measured(problem: ChannelProblem, distribution: Distribution | None) -> lis
     with evaluation_mode(problem.network), torch.no_grad():
         expected = [outputs_of(problem.network, part, problem.forward) for part in parts]
     whole = [len(channel.shares) - 1 for channel in problem.channel_decisions]
-    base = _divergence(problem, distribution, whole, parts, expected)
     found = []
     for group, channel in enumerate(problem.channel_decisions):
         losses = np.zeros(len(channel.shares))
         for number in range(len(channel.shares) - 1):
             numbers = list(whole)
             numbers[group] = number
-            losses[number] = max(_divergence(problem, distribution, numbers, parts, expected) - base, LEAST)
+            losses[number] = max(_divergence(problem, distribution, numbers, parts, expected), LEAST)
         # What isn't finite is as bad as anything.
         losses = np.where(np.isfinite(losses), losses, 1 / LEAST)
         found.append(np.maximum.accumulate(losses[::-1])[::-1])
@@ -78,11 +76,10 @@ def _measured(problem: ChannelProblem, distribution: Distribution | None) -> lis
 def _divergence(
     problem: ChannelProblem, distribution: Distribution, numbers: Iterable[int], parts: list[Any], expected: list[Any]
 ) -> float:
-    """Return how far outputs are from the float network's, in the mean, for given channels at the largest widths."""
-    widest = [decision.pairs[int(decision.pairs.sum(1).argmax())] for decision in problem.decisions]
-    network = problem.quantized(problem.decide(widest, problem.keep_of(numbers)))
+    """Return how far outputs are from the float network's, in the mean, for given channels, in float."""
+    network = problem.pruned(problem.keep_of(numbers))
     total, count = 0.0, 0
-    with torch.no_grad():
+    with evaluation_mode(network), torch.no_grad():
         for part, outputs in zip(parts, expected, strict=True):
             divergence = distribution.divergence(outputs_of(network, part, problem.forward), outputs)
             total += float(divergence.sum(dtype=torch.float64))

@@ -11,14 +11,21 @@ import numpy as np
 from torch import nn
 
 import quantizers as Q
-from haq.problem.channels import ChannelProblem
 from haq.problem.budget import OutOfReach
+from haq.problem.channel_evaluation import ChannelEvaluator, Recipe, frozen_norms
+from haq.problem.channels import ChannelProblem
+from haq.problem.objective import Objective
 from haq.problem.problem import Problem
+from haq.problem.samples import Samples
+from haq.problem.schemes import calibration_policy
 from haq.store.records import ChannelsRecord
 from haq.store.units import describe_amount, finite
 from haq.study.config import SearchConfig
+from hw_models import trust
 from hw_models.widths import places
+from quantizers.calling import Forward, inputs_of
 from quantizers.kept import check_pruned_to
+from quantizers.pruning import Criterion
 
 
 def check_installed(config: SearchConfig) -> None:
@@ -69,6 +76,74 @@ def bits_only(problem: Problem) -> Problem:
     if alone.several is not None and alone.several.conflict() is not None:
         raise OutOfReach("with all channels the budgets can't be met together")
     return alone
+
+
+def smaller_float(problem: Problem, policy: Q.BitPolicy) -> nn.Module | None:
+    """Return the float network with the channels that a policy keeps, from which it is quantized; None if it keeps all."""
+    if not isinstance(problem, ChannelProblem) or not policy.keep:
+        return None
+    return problem.pruned(policy.keep)
+
+
+def smaller_evaluator(
+    network: nn.Module,
+    teacher: nn.Module,
+    calibration: list[Any],
+    samples: Samples,
+    *,
+    criterion: str,
+    objective: Objective,
+    schemes: Mapping[str, Q.Scheme],
+    correction: str | None,
+    roundings: Mapping[str, str],
+    forward: Forward | None,
+) -> ChannelEvaluator:
+    """Make what quantizes networks of fewer channels, where no hardware is loaded; it does as that of a problem does.
+
+    Args:
+        network: The float network, with residual quantizers where there are to be some.
+        teacher: The float network without.
+        calibration: Batches of inputs, as a problem keeps them.
+        samples: A few samples.
+        criterion: What says which channels are kept.
+        objective: What policies are judged by.
+        schemes: Of every layer.
+        correction: As `quantizers.quantize` takes it.
+        roundings: Of every layer.
+        forward: Computes outputs of (network, batch); None: the network is called with the inputs.
+
+    Returns:
+        The evaluator.
+    """
+    example = samples.example()
+    if forward is None:
+        example = inputs_of(example, teacher)
+    if ":" in criterion and criterion not in Criterion.known:
+        trust.allow(criterion, "criterion")
+    loss = None
+    if objective.takes_scores:
+        loss = objective.training_loss
+    recipe = Recipe(
+        groups=Q.channel_groups(teacher, example, forward=forward),
+        criterion=Criterion.named(criterion),
+        loss=loss,
+        calibration=calibration,
+        schemes=schemes,
+        correction=correction,
+        roundings=roundings,
+        forward=forward,
+        frozen=frozen_norms(teacher),
+    )
+    whole = Q.quantize(
+        network,
+        calibration_policy(schemes),
+        scheme=dict(schemes),
+        calibrate=calibration,
+        correction=correction,
+        rounding=dict(roundings),
+        forward=forward,
+    )
+    return ChannelEvaluator(whole, samples, recipe=recipe, teacher=teacher, objective=objective, forward=forward)
 
 
 def group_count(problem: Problem) -> int:

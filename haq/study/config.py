@@ -907,6 +907,8 @@ class SweepConfig(_Config):
         "metric",
         "reference",
         "bits",
+        "prune",
+        "criterion",
         *MEASURED,
         "evaluations",
         "ahead",

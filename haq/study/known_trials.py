@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from haq.problem.evaluator import Evaluation
 from haq.problem.problem import Problem
 from haq.solvers.base import Solver, find_solver
 from haq.solvers.joint_space import space_of
+from haq.solvers.space import Space
 from haq.store import history
 from haq.store.files import CONFIG, HISTORY, PROBLEM
 from haq.store.history import HistoryRow
@@ -200,10 +202,14 @@ class _Gathered:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self._space = space_of(problem)
         self._trials: dict[Q.BitPolicy, KnownTrial] = {}
         self._counts: Counter[str] = Counter()
         self._left_out: set[Q.BitPolicy] = set()
+
+    @cached_property
+    def _space(self) -> Space:
+        """Return what the problem lets one choose, which most searches, without trials of others, needn't ask here."""
+        return space_of(self.problem)
 
     def found(self) -> KnownTrials:
         return KnownTrials(tuple(self._trials.values()), dict(self._counts), len(self._left_out))

@@ -102,7 +102,7 @@ def print_plan(
         "metric": problem.metric,
         **_asked_words(problem),
         "bits": _bits_words(problem),
-        **_channels_words(problem),
+        **pruning_words(problem),
         "scheme": scheme_words(problem),
         "weights": rounding_words(problem, task.config.correction),
         **residuals_words(problem),
@@ -176,7 +176,7 @@ def _bits_words(problem: Problem) -> str:
     return words
 
 
-def _channels_words(problem: Problem) -> dict[str, str]:
+def pruning_words(problem: Problem) -> dict[str, str]:
     """Say which channels may be pruned, and which can't and why, by the name of a plan's row; nothing if none may be."""
     entry = pruning_entry(problem)
     if not entry:

@@ -62,7 +62,7 @@ class LearnedGroups(Method):
 
         return group_convolutions(module, self.groupings)
 
-    def words(self) -> list[str]:
+    def report(self) -> list[str]:
         """Say what groups were learned: weights that are left, and channels that are dead."""
         sentences = []
         for name, grouping in self.groupings.items():

@@ -30,6 +30,7 @@ class GenerativeAdversarial(Method):
     """
 
     needs_trained = True
+    needs_all_epochs = True
 
     def __init__(
         self, penalty: float = 0.01, mu: float = 1.0, every: int = 1, tune: float = 0.5, rate: float | None = None
@@ -182,7 +183,7 @@ class GenerativeAdversarial(Method):
 
         return remove_channels(module, self.masks.groups, self.masks.kept())
 
-    def words(self) -> list[str]:
+    def report(self) -> list[str]:
         """Say how many channels are left."""
         groups = self.masks.groups.groups
         kept = self.masks.kept()

@@ -106,7 +106,7 @@ def fit(
     if config.patience is not None and judge is None:
         raise ValueError(f"patience is {config.patience}, but nothing is held out by which epochs could be judged")
     made = as_method(method)
-    if config.patience is not None and made.needs_all_epochs and method is not None:
+    if config.patience is not None and made.needs_all_epochs:
         raise ValueError(f"patience is {config.patience}, but the training method needs all epochs: leave it out")
     goal = Goal(objective, loss, config.auxiliary)
     if teacher is not None:
@@ -349,7 +349,7 @@ class Training:
             torch.set_rng_state(content["torch"])
             if self.attack is not None:
                 self.attack.delta = to_device(content["perturbation"], self.network.device)
-            self.method.load_tensors(to_device(content.get("method", {}), self.network.device))
+            self.method.load_tensors(content.get("method", {}))
             epoch = content["epoch"]
             if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
                 raise TypeError("the epoch is no number")

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from haq.training.config import TrainConfig
 
 HOOKS = ("begin", "before_epoch", "loss", "before_step", "after_step", "after_epoch", "may_keep", "position", "finish")
-RESULT = ("rebuilt", "words")
+RESULT = ("rebuilt", "report")
 STATE = ("tensors", "load_tensors")
 
 
@@ -91,6 +91,14 @@ class TrainingState(Protocol):
         """
         ...
 
+    def tensors(self) -> dict[str, Any]:
+        """Copy all tensors of the module, what its quantizers keep included."""
+        ...
+
+    def load_tensors(self, content: dict[str, Any]) -> None:
+        """Put back what `tensors` copied, into the tensors that the module has."""
+        ...
+
 
 class Method:
     """What a training does beside its steps; this one does nothing. One object goes through one training.
@@ -106,11 +114,11 @@ class Method:
     Attributes:
         modules: Modules of the method's own, by names, such as a discriminator. Their states are kept with the training.
         optimizers: Optimizers of its own, likewise. The method itself takes their steps, and sets their learning rates.
-        needs_all_epochs: Whether the training must not end early (`TrainConfig.patience`).
+        needs_all_epochs: Whether the training must not end early (`TrainConfig.patience`), as where there are cycles.
         needs_trained: Whether it begins with a network that is trained already.
     """
 
-    needs_all_epochs = True
+    needs_all_epochs = False
     needs_trained = False
 
     def __init__(self) -> None:
@@ -186,8 +194,8 @@ class Method:
         """
         return module
 
-    def words(self) -> list[str]:
-        """Return sentences about what the method did, after `finish`, for whoever asked for it."""
+    def report(self) -> list[str]:
+        """Return what is worth saying after the training, a sentence each: `haq train` prints them."""
         return []
 
     def tensors(self) -> dict[str, Any]:
@@ -203,7 +211,7 @@ class Method:
         return content
 
     def load_tensors(self, content: dict[str, Any]) -> None:
-        """Go on from what `tensors` returned. Modules and optimizers are those that `begin` made."""
+        """Go on from what `tensors` returned; tensors come back on the CPU. Modules and optimizers are those of `begin`."""
         for name, module in self.modules.items():
             module.load_state_dict(content["modules"][name])
         for name, optimizer in self.optimizers.items():
@@ -224,6 +232,14 @@ METHODS: Registry[type[Method]] = Registry(
     "training method",
     "haq.training_methods",
     {
+        "repr": (
+            "haq.training.repr_method:RePr",
+            "filters that overlap most are dropped for some epochs, and come back orthogonal to the others",
+        ),
+        "lottery": (
+            "haq.training.lottery_ticket:LotteryTicket",
+            "weights of the smallest magnitude are masked round by round, the others put back to where they began",
+        ),
         "gal": (
             "haq.training.gal:GenerativeAdversarial",
             "soft masks of channels, learned against a discriminator without labels, then removal (GAL, Lin et al. 2019)",

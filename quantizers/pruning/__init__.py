@@ -1,9 +1,31 @@
 """What of a network isn't needed: groups of channels, criteria that say which, and binary filters whose masks are off."""
 
-from quantizers.kept import kept_channels
-from quantizers.pruning.channels import ChannelGroup, ChannelGroups, Member
-from quantizers.pruning.criteria import L1, L2, BatchNormScale, GeometricMedian, KernelSparsityEntropy, Random, Taylor
-from quantizers.pruning.criterion import Criterion, Ranking, ScoreRanking, criterion_names, criterion_rows, select
+from quantizers.kept import (
+    kept_channels,
+)
+from quantizers.pruning.channels import (
+    ChannelGroup,
+    ChannelGroups,
+    Member,
+)
+from quantizers.pruning.criteria import (
+    L1,
+    L2,
+    BatchNormScale,
+    CollaborativeChannels,
+    GeometricMedian,
+    KernelSparsityEntropy,
+    Random,
+    Taylor,
+)
+from quantizers.pruning.criterion import (
+    Criterion,
+    Ranking,
+    ScoreRanking,
+    criterion_names,
+    criterion_rows,
+    select,
+)
 from quantizers.pruning.filters import (
     MainSubsidiary,
     WithConstants,
@@ -21,14 +43,34 @@ from quantizers.pruning.flgc import (
     learned_groups,
     make_dense,
 )
-from quantizers.pruning.gal import Discriminator, Fista, SoftMasks, discriminator_loss, generator_loss, soft_threshold
-from quantizers.pruning.groups import apply_kept, channel_groups
-from quantizers.pruning.removal import mask_channels, remove_channels
+from quantizers.pruning.gal import (
+    Discriminator,
+    Fista,
+    SoftMasks,
+    discriminator_loss,
+    generator_loss,
+    soft_threshold,
+)
+from quantizers.pruning.groups import (
+    apply_kept,
+    channel_groups,
+)
+from quantizers.pruning.kernel_clusters import (
+    share_kernels,
+)
+from quantizers.pruning.removal import (
+    mask_channels,
+    remove_channels,
+)
+from quantizers.pruning.shrinking import (
+    prune,
+)
 
 __all__ = [
     "BatchNormScale",
     "ChannelGroup",
     "ChannelGroups",
+    "CollaborativeChannels",
     "Criterion",
     "Discriminator",
     "Fista",
@@ -62,8 +104,10 @@ __all__ = [
     "make_dense",
     "mask_channels",
     "masked_layers",
+    "prune",
     "remove_channels",
     "remove_filters",
     "select",
+    "share_kernels",
     "soft_threshold",
 ]

@@ -54,7 +54,7 @@ def test_groups_are_learned_and_are_the_masked_network_then() -> None:
     for record in hw_models.trace(grouped, INPUTS[:1]).layers:
         macs[record.name.partition(".")[0]] += record.macs
     assert macs["pointwise"] == method.groupings["pointwise"].macs(1, 16)
-    assert method.words()[0].startswith("pointwise: 4 groups, ")
+    assert method.report()[0].startswith("pointwise: 4 groups, ")
 
 
 class Killed(Exception):
@@ -86,7 +86,7 @@ def test_dead_channels_are_reported() -> None:
     conv.input_groups.data = torch.eye(3)[[0] * 15 + [1]]
     conv.output_groups.data = torch.eye(3)[[0] * 14 + [2] * 2]
     method.groupings = learned_groups(module)
-    assert method.words() == [
+    assert method.report() == [
         "pointwise: 1 groups, 82.0 % of the weights and multiplications left; no filter reads input channels 15; "
         "filters 14, 15 read no channel"
     ]

@@ -86,7 +86,7 @@ def test_the_smaller_network_computes_the_same() -> None:
     assert sizes[0] < 0.9 * sizes[1]
     kept = Q.pruning.kept_channels(smaller)
     assert set(kept) <= {"stem", "pointwise", "hidden"}
-    words = method.words()
+    words = method.report()
     assert words[0] == f"channels left: {48 - method.masks.zeros()} of 48"
     assert [line.partition(":")[0] for line in words[1:]] == ["stem", "pointwise", "hidden"]
 

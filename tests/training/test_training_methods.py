@@ -83,8 +83,6 @@ def test_hooks_are_called_in_order_and_one_that_does_nothing_changes_nothing() -
 class Critic(Method):
     """Has a module, an optimizer and random numbers of its own, and a parameter in the network while it is trained."""
 
-    needs_all_epochs = False
-
     def __init__(self, weight: float = 0.1, last: int = 2) -> None:
         super().__init__()
         self.weight, self.last, self.noise = weight, last, torch.zeros(4)
@@ -220,6 +218,7 @@ def network():
     from tests.conftest import small_network
     return Network("small", small_network(), (1, 8, 8))
 class Noisy(Method):
+    needs_all_epochs = True
     def __init__(self, size=0.01):
         super().__init__()
         if not size > 0:
