@@ -2,9 +2,9 @@
 
     python -m experiments.gal [--seeds N] [--images N] [--epochs N] [--quick]
 
-Lin, Ji, Yan, Zhang, Cao, Ye, Huang, Doermann, "Towards Optimal Structured CNN Pruning via Generative Adversarial Learning", CVPR
-2019: channels get soft masks that are learned against a discriminator, without labels, and those that become zero are removed.
-The paper reports next to no loss (ResNet-56 on CIFAR-10: 0.3 points at 38 % fewer multiplications).
+Lin, Ji, Yan, Zhang, Cao, Ye, Huang, Doermann, "Towards Optimal Structured CNN Pruning via Generative Adversarial Learning",
+CVPR 2019: channels get soft masks that are learned against a discriminator, without labels, and those that become zero are
+removed. The paper reports next to no loss (ResNet-56 on CIFAR-10: 0.3 points at 38 % fewer multiplications).
 
 Here: a plain network of four convolutions on Fashion-MNIST. It is trained; then `gal` takes half of as many epochs again to
 learn masks, and the other half to fine-tune what is left. The penalty was chosen by the multiplications that it leaves, before
@@ -14,8 +14,8 @@ any accuracy was looked at. Beside it, all from the same trained network, in as 
     random, same widths    random channels, in every layer as many as GAL left
     random, even widths    random channels, in all layers the same share: the largest that costs no more than GAL's network
 
-and Scratch-B (Liu et al., ICLR 2019): GAL's small network from random weights, for the multiplications that the training of the
-whole network took, at most twice its epochs.
+and Scratch-B (Liu et al., ICLR 2019): GAL's small network from random weights, for the multiplications that the training of
+the whole network took, at most twice its epochs.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the experiment."""
     parser = shared.parser_of(NAME, __doc__)
     parser.add_argument("--images", type=int, default=4032, help="to train on")
-    parser.add_argument("--epochs", type=int, default=10, help="of training, and of pruning with fine-tuning")
+    parser.add_argument("--epochs", type=int, default=8, help="of training, and of pruning with fine-tuning")
     parser.add_argument("--penalty", type=float, default=PENALTY, help="of masks")
     options = parser.parse_args(arguments)
     job = prepared(options)
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
 def prepared(options: argparse.Namespace) -> Job:
     """Load what is trained on."""
     if options.quick:
-        options.images, options.epochs, options.seeds = 128, 2, 2
+        options.images, options.epochs, options.seeds = 128, 2, min(options.seeds, 2)
     train, test = shared.samples(options.images)
     job = Job(train, test, options.epochs, options.penalty)
     if options.quick:

@@ -2,10 +2,10 @@
 
     python -m experiments.learned_groups [--seeds N] [--images N] [--epochs N] [--quick]
 
-Wang, Kan, Shan, Chen, "Fully Learnable Group Convolution for Acceleration of Deep Neural Networks", CVPR 2019: input channels and
-filters learn which group they belong to, together with the weights, and the paper finds them better than groups that are given
-(MobileNetV2 on CIFAR-10: 1.3 points below the dense network with 8 groups). A reproduction says that what is gained is less than
-the half point by which its runs differ.
+Wang, Kan, Shan, Chen, "Fully Learnable Group Convolution for Acceleration of Deep Neural Networks", CVPR 2019: input channels
+and filters learn which group they belong to, together with the weights, and the paper finds them better than groups that are
+given (MobileNetV2 on CIFAR-10: 1.3 points below the dense network with 8 groups). A reproduction says that what is gained is
+less than the half point by which its runs differ.
 
 Here: a plain network of four convolutions on Fashion-MNIST, trained from random weights with `flgc(groups=G)`, with the same
 groups that are not learned (even, drawn at random; `learned=False`), and without groups. Whatever is compared has the same
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the experiment."""
     parser = shared.parser_of(NAME, __doc__)
     parser.add_argument("--images", type=int, default=4032, help="to train on")
-    parser.add_argument("--epochs", type=int, default=12, help="of every training")
+    parser.add_argument("--epochs", type=int, default=10, help="of every training")
     options = parser.parse_args(arguments)
     job = prepared(options)
     return shared.run(NAME, options, lambda seed: one_seed(job, seed), lambda outcomes: page(job, outcomes))
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
 def prepared(options: argparse.Namespace) -> Job:
     """Load what is trained on."""
     if options.quick:
-        options.images, options.epochs, options.seeds = 128, 1, 2
+        options.images, options.epochs, options.seeds = 128, 1, min(options.seeds, 2)
     train, test = shared.samples(options.images)
     job = Job(train, test, options.epochs)
     if options.quick:
