@@ -94,7 +94,7 @@ class Fista:
         if not rate >= 0 or not penalty >= 0:
             raise ValueError(f"a step of rate {rate!r} and penalty {penalty!r} means nothing: both must be numbers from 0 on")
         for place, parameter in enumerate(self.parameters):
-            moved = parameter
+            moved: Tensor = parameter
             if parameter.grad is not None:
                 moved = parameter - rate * parameter.grad
             made = soft_threshold(moved, rate * penalty).clamp(min=0)
