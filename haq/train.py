@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from haq.store.checkpoint import Checkpoint
     from haq.training.config import Outcome
     from haq.training.loop import Judge
+    from haq.training.methods import Method
 
 TRAINED = "What is trained"
 QUANTIZATION = "Quantization"
@@ -445,6 +446,7 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
     from haq.store.lock import check_can_be_made, holding
 
     check_can_be_made(out.parent)
+    method = _method(options)
     state = Checkpoint(out.with_suffix(STATE), {})
     _check_unused(out, state, resume)
     with torch.random.fork_rng(devices=[]), ExitStack() as held:
@@ -459,7 +461,9 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
         out.parent.mkdir(parents=True, exist_ok=True)
         held.enter_context(holding(out.with_name(f".{out.name}.lock"), out, "the same command and --resume"))
         _check_unused(out, state, resume)  # another process may have begun meanwhile
-        outcome = _train(network, dataset, objective, options, state, output, log)
+        outcome = _train(network, dataset, objective, options, method, state, output, log)
+        # What it makes smaller is another network, and the one that is measured and written.
+        network = replace(network, module=method.rebuilt(network.module).eval())
         values = {name: _measured(objective, network, getattr(dataset, name)) for name in ("search", "test")}
         notes = {
             "trained_on": f"the train split of {dataset.describe()}",
@@ -497,6 +501,17 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
         output.notes, "python", "-m", "haq.search", "--hw", "edge", "--network", source, "--data", options.data, *following
     )
     return 0
+
+
+def _method(options: TrainOptions) -> Method:
+    """Make the method that is asked for. Raises ValueError if it needs a trained network, and none is given."""
+    method = as_method(options.method)
+    if method.needs_trained and not options.pretrained and networks.path_of_checkpoint(options.network) is None:
+        raise ValueError(
+            f"--method {options.method} begins with a trained network, and the weights of {options.network} are random here: "
+            "add --pretrained, or give a checkpoint, --network FILE or NAME@FILE"
+        )
+    return method
 
 
 def _measured(objective: Objective, network: Network, split: Split) -> float:
@@ -662,6 +677,7 @@ def _train(
     dataset: Dataset,
     objective: Objective,
     options: TrainOptions,
+    method: Method,
     state: Checkpoint,
     output: Output,
     log: Path | None,
@@ -673,6 +689,7 @@ def _train(
         dataset: The data.
         objective: What is minimised, and by what the network is judged.
         options: How.
+        method: What is done beside the steps.
         state: Keeps what it takes to go on.
         output: Where to print.
         log: The folder of TensorBoard events; None: none are written.

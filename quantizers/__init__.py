@@ -108,6 +108,7 @@ from quantizers.pruning import (
     prune,
     remove_channels,
     remove_filters,
+    share_kernels,
 )
 from quantizers.reconstruction import (
     ReconstructedPart,
@@ -241,6 +242,7 @@ __all__ = [
     "scheme_rows",
     "schemes_from_records",
     "set_policy",
+    "share_kernels",
     "smooth",
     "spectral_norms",
     "split_parameters",

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from haq.training.config import TrainConfig
 
 HOOKS = ("begin", "before_epoch", "loss", "before_step", "after_step", "after_epoch", "may_keep", "position", "finish")
-STATE = ("report", "tensors", "load_tensors")
+RESULT = ("rebuilt", "report")
+STATE = ("tensors", "load_tensors")
 
 
 class TrainingState(Protocol):
@@ -114,9 +115,11 @@ class Method:
         modules: Modules of the method's own, by names, such as a discriminator. Their states are kept with the training.
         optimizers: Optimizers of its own, likewise. The method itself takes their steps, and sets their learning rates.
         needs_all_epochs: Whether the training must not end early (`TrainConfig.patience`), as where there are cycles.
+        needs_trained: Whether it begins with a network that is trained already.
     """
 
     needs_all_epochs = False
+    needs_trained = False
 
     def __init__(self) -> None:
         """Begin with no modules and optimizers of its own."""
@@ -178,6 +181,19 @@ class Method:
     def finish(self, training: TrainingState) -> None:
         """Leave the module ready for use; it is the best one by now if it was judged."""
 
+    def rebuilt(self, module: nn.Module) -> nn.Module:
+        """Return the network that is used, and written, after the training: another one where the method makes it smaller.
+
+        Whoever trains calls it after `finish`; `fit` itself doesn't, since it leaves a module as it was built.
+
+        Args:
+            module: What was trained.
+
+        Returns:
+            The module itself, or a copy with other layers, whose outputs are the same up to rounding.
+        """
+        return module
+
     def report(self) -> list[str]:
         """Return what is worth saying after the training, a sentence each: `haq train` prints them."""
         return []
@@ -202,7 +218,7 @@ class Method:
             optimizer.load_state_dict(content["optimizers"][name])
 
 
-_lacking_names = requires(*HOOKS, *STATE, "needs_all_epochs")
+_lacking_names = requires(*HOOKS, *RESULT, *STATE, "needs_all_epochs", "needs_trained")
 
 
 def lacking(thing: Any) -> str:
@@ -223,6 +239,14 @@ METHODS: Registry[type[Method]] = Registry(
         "lottery": (
             "haq.training.lottery_ticket:LotteryTicket",
             "weights of the smallest magnitude are masked round by round, the others put back to where they began",
+        ),
+        "gal": (
+            "haq.training.gal:GenerativeAdversarial",
+            "soft masks of channels, learned against a discriminator without labels, then removal (GAL, Lin et al. 2019)",
+        ),
+        "flgc": (
+            "haq.training.flgc:LearnedGroups",
+            "dense convolutions learn their groups, and become group convolutions (FLGC, Wang et al. 2019)",
         ),
     },
     check=lacking,
