@@ -14,8 +14,8 @@ is fine-tuned for as many epochs, on as many images, with the float network as t
     joint       both at once
 
 First and last layer stay at 8 bits. All methods search with the same solver, and choose in the same way: of a search's best
-policies, a few that differ in kind are fine-tuned for an epoch each, and the one with the best accuracy on the search images
-is fine-tuned from its start. Accuracies are on the test split, which nothing else sees. A seed is one of the network's
+policies, a few that differ in kind are fine-tuned for a few steps each, and the one with the best accuracy on the search
+images is then fine-tuned from its start. Accuracies are on the test split, which nothing else sees. A seed is one of the network's
 training, of the search and of fine-tuning, so that differences are paired by it.
 
 A budget that a method can't reach isn't left out: the cheapest that the method can make stands in its place, which is dearer
@@ -88,17 +88,19 @@ class Effort:
     Attributes:
         evaluations: Of a search, of both searches of two steps together.
         epochs: Of fine-tuning what was found.
-        finalists: Policies of a search that are fine-tuned for an epoch, to choose one of them; 1: the search chooses.
+        finalists: Policies of a search that are fine-tuned for some steps, to choose one of them; 1: the search chooses.
+        steps: These steps.
         images: Of the train split, by which networks are fine-tuned.
         search_images: By which policies are judged.
         training: Epochs of the float network's own training.
     """
 
     evaluations: int = 60
-    epochs: int = 4
+    epochs: int = 3
     finalists: int = 3
+    steps: int = 40
     images: int = 2000
-    search_images: int = 1000
+    search_images: int = 600
     training: int = 10
 
 
@@ -226,11 +228,19 @@ class Bench:
             )
         return self._problems[kind, target]
 
-    def tune(self, network: nn.Module, epochs: int, seed: int) -> nn.Module:
+    def tune(self, network: nn.Module, epochs: int, steps: int | None = None) -> nn.Module:
         """Fine-tune a network, with the float network as teacher."""
         if not epochs:
             return network
-        return training.finetune(self.network, network, self.tuned_on, epochs=epochs, seed=seed)
+        return training.finetune(
+            self.network,
+            network,
+            self.tuned_on,
+            epochs=epochs,
+            steps=steps,
+            seed=self.seed,
+            norm_images=self.effort.images // 2,
+        )
 
 
 def trained(seed: int, epochs: int, split: data.Split) -> networks.Network:
@@ -308,7 +318,7 @@ def find_in_two_steps(bench: Bench, target: str, budget: float) -> Found:
     pruned = solved(bench, first, effort.evaluations // 2).policy
     smaller = remove(bench.network.module, first, pruned)
     between = min(1, effort.epochs)
-    smaller = bench.tune(refreshed(bench, smaller), between, bench.seed)
+    smaller = bench.tune(refreshed(bench, smaller), between)
     whole = haq.Problem(smaller, bench.calibration, bench.search, target, budget=1.0)
     share = budget * bits.reference / whole.reference
     second, least = within(whole, target, min(share, whole.largest / whole.reference))
@@ -351,14 +361,14 @@ def solved(bench: Bench, problem: Problem, evaluations: int) -> haq.Result:
 
 
 def search(bench: Bench, problem: Problem, evaluations: int) -> Q.BitPolicy:
-    """Search a problem, fine-tune a few policies of different kinds for an epoch, and choose the best of these."""
+    """Search a problem, fine-tune a few policies of different kinds for some steps, and choose the best of these."""
     result = solved(bench, problem, evaluations)
     candidates = finalists(problem, result, bench.effort.finalists)
     if len(candidates) == 1:
         return candidates[0]
     values = []
     for policy in candidates:
-        tuned = bench.tune(problem.quantized(policy), 1, bench.seed)
+        tuned = bench.tune(problem.quantized(policy), 1, bench.effort.steps)
         values.append(accuracy(tuned, bench.search))
     return candidates[int(np.argmax(values))]
 
@@ -417,7 +427,7 @@ def cell_of(bench: Bench, method: str, target: str, budget: float) -> Row:
     effort = bench.effort
     found = find(bench, method, target, budget)
     before = accuracy(found.network, bench.test)
-    tuned = bench.tune(found.network, found.epochs, bench.seed)
+    tuned = bench.tune(found.network, found.epochs)
     weights, activations = mean_widths(found.policy)
     words = [f"{name} {w}/{a}" for name, (w, a) in found.policy.items()]
     words += [f"{group} keeps {share:g}" for group, share in found.keep.items()]
@@ -458,7 +468,7 @@ def criterion_cell(bench: Bench, criterion: str) -> CriterionRow:
     smaller = refreshed(bench, smaller)
     share = macs_of(smaller, bench.calibration) / bench.macs
     before = accuracy(smaller, bench.test)
-    after = accuracy(bench.tune(smaller, bench.effort.epochs, bench.seed), bench.test)
+    after = accuracy(bench.tune(smaller, bench.effort.epochs), bench.test)
     return CriterionRow(criterion, bench.seed, share, bench.float_accuracy, before, after)
 
 
@@ -607,8 +617,8 @@ def document(command: str, rows: Sequence[Row], criteria: Sequence[CriterionRow]
         f"Latency is estimated, and a share of the unpruned network's at 8 bits. Accuracies are measured on the test split, in "
         f"percent: means over {seeds} seeds with their standard errors. The float network has "
         f"{Mean.of(list(of_float.values())).words()}. Searches have {effort.evaluations} evaluations on "
-        f"{effort.search_images:,} images; {effort.finalists} finalists have an epoch of fine-tuning and what is chosen has "
-        f"{effort.epochs}, of {effort.images:,} images. \"Joint better by\" is paired by seed, in points. Where a budget is out "
+        f"{effort.search_images:,} images; {effort.finalists} finalists have {effort.steps} steps of fine-tuning, and what "
+        f"is chosen has {effort.epochs} epochs of {effort.images:,} images. \"Joint better by\" is paired by seed, in points. Where a budget is out "
         f"of reach of a method, the cheapest that it can make stands in. All cells took {minutes:.0f} minutes of one thread.",
         f"![accuracy after fine-tuning against latency]({NAME}.png)",
         markdown(*table_of(rows, seeds)),
@@ -749,7 +759,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     effort = Effort(given.evaluations, given.epochs)
     if given.quick:
         given.seeds, given.budgets = 1, given.budgets[:1]
-        effort = Effort(evaluations=6, epochs=1, finalists=2, images=320, search_images=100, training=1)
+        effort = Effort(evaluations=6, epochs=1, finalists=2, steps=3, images=320, search_images=100, training=1)
     out = shared.folder_for(given.out, given.quick, FOLDER)
     command = shlex.join(["python", "-m", f"experiments.{NAME}", *(arguments or sys.argv[1:])])
     rows: list[Row] = []

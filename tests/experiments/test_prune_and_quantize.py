@@ -27,7 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         )
 
     monkeypatch.setattr(experiment, "residual", network)
-    monkeypatch.setenv("HAQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HAQ_DATA", str(tmp_path / "cache"))
 
 
 def test_every_method_runs_and_only_what_is_missing_is_done_again(
@@ -52,7 +52,7 @@ def test_every_method_runs_and_only_what_is_missing_is_done_again(
     assert done == [(JOINT, "edge", 0.7)]
     again = (out / "prune_and_quantize.csv").read_text().splitlines()
     assert [row.split(",")[:14] for row in again] == [row.split(",")[:14] for row in rows]
-    with pytest.raises(ValueError, match="has cells of 6 evaluations and 1 epochs, and 60 and 4 are asked for"):
+    with pytest.raises(ValueError, match="has cells of 6 evaluations and 1 epochs, and 60 and 3 are asked for"):
         experiment.main(["--out", str(out)])
 
 
