@@ -105,8 +105,10 @@ from quantizers.pruning import (
     layerwise_pruning,
     mask_channels,
     masked_layers,
+    prune,
     remove_channels,
     remove_filters,
+    share_kernels,
 )
 from quantizers.reconstruction import (
     ReconstructedPart,
@@ -222,6 +224,7 @@ __all__ = [
     "masked_layers",
     "operator_norm",
     "pact_penalty",
+    "prune",
     "quant_layers",
     "quantize",
     "quantize_tensor",
@@ -239,6 +242,7 @@ __all__ = [
     "scheme_rows",
     "schemes_from_records",
     "set_policy",
+    "share_kernels",
     "smooth",
     "spectral_norms",
     "split_parameters",

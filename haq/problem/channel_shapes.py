@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_models.workload import Layer, Workload
-from quantizers.pruning.groups import ChannelGroup
+from quantizers.pruning.channels import ChannelGroup
 
 Integers = NDArray[np.int64]
 

@@ -20,13 +20,15 @@ from torch.nn.utils import parametrize
 from quantizers.batches import copied
 from quantizers.calling import Forward, as_tensors, call, count_of, device_of, samples, to_device
 from quantizers.copying import copy_network
+from quantizers.layers import QuantLayer
 from quantizers.policy import QUANTIZABLE
 from quantizers.pruning.channels import IN, OUT, ChannelGroup, ChannelGroups, Member
 from quantizers.pruning.dependencies import read_groups
+from quantizers.pruning.layers import is_depthwise
 from quantizers.pruning.removal import Kept, remove_channels
 from quantizers.pruning.trial import Trial
 
-__all__ = ["IN", "OUT", "ChannelGroup", "ChannelGroups", "Member", "apply_kept", "channel_groups"]
+__all__ = ["IN", "OUT", "ChannelGroup", "ChannelGroups", "Member", "apply_kept", "channel_groups", "is_depthwise"]
 SAMPLES = 2  # of the example, which are enough to follow channels
 
 
@@ -89,6 +91,8 @@ def _check(network: nn.Module) -> None:
     if hasattr(network, "_orig_mod"):
         raise ValueError("the network is compiled: prune what was compiled (its `_orig_mod`), and compile the result")
     for name, module in network.named_modules():
+        if isinstance(module, QuantLayer):
+            raise ValueError(f"the network is quantized (layer {name!r}): prune the float network, and quantize what is left")
         if parametrize.is_parametrized(module):
             raise ValueError(f"the weight of {name!r} is computed from others (a parametrization): remove that before pruning")
         if isinstance(module, QUANTIZABLE) and not isinstance(module.weight, nn.Parameter):
