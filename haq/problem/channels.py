@@ -349,11 +349,6 @@ class ChannelProblem(Problem):
         return min(least, self._least_of(metric)), most
 
     @property
-    def largest(self) -> float:
-        """Return the largest budget; see `Problem.largest`."""
-        return super().largest
-
-    @property
     def reach(self) -> str:
         """Say in words which budgets of the main metric can be met."""
         return f"{super().reach}; the least is that of {self.shares[0]:g} of the channels"
