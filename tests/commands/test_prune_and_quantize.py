@@ -269,7 +269,7 @@ def test_criteria_of_ones_own_are_imported_if_they_are_named(capsys: pytest.Capt
         (["--prune", "0.5"], "--prune is '0.5', and must reach 1"),
         (["--prune", "1:0.5"], "--prune is '1:0.5': the smaller share comes first"),
         (["--prune", "0.5:1", "--criterion", "fgpm"], "unknown criterion 'fgpm'; did you mean fpgm"),
-        (["--prune", "0.5:1", "--criterion", "small_job:lacking"], "small_job has no lacking"),
+        (["--prune", "0.5:1", "--criterion", "small_job:lacking"], "module small_job has no 'lacking'"),
         (["--prune", "0.5:1", "--budget", "0.001"], "budget 0.001 is out of reach"),
     ],
 )
