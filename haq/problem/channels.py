@@ -315,9 +315,9 @@ class ChannelProblem(Problem):
         made = self._view(counts, mask)
         made.keep = dict(self.keep_of(self.numbers_of(keep)))
         made.channel_decisions = ()
+        made.workload = self._shapes.workload_of(counts)
+        made.table = dataclasses.replace(made.table, workload=made.workload)
         if self.peak is not None:
-            made.workload = self._shapes.workload_of(counts)
-            made.table = dataclasses.replace(made.table, workload=made.workload)
             made.peak = PeakLimit(made.workload, self.table.batch, self.peak.amount)
         return made
 
@@ -572,7 +572,7 @@ class ChannelProblem(Problem):
         super().check_policy(policy)
         keep = _keep_of(policy)
         self.numbers_of(keep)
-        if self.keep and keep != self.keep:
+        if not self.channel_decisions and keep != self.keep:
             raise NotAllowed("the channels are chosen already, and the policy keeps others: `at` tells which")
 
     def means_something(self, policy: Bits) -> bool:
