@@ -138,7 +138,10 @@ class PolicyEnv(gymnasium.Env[Observation, Observation]):
 
     def _finish(self, pairs: Any, cost: float, saturated: float) -> Step:
         """Have the policy judged that the pairs of bits of all decisions make, and end the episode."""
-        policy = self.problem.decide(pairs)
+        return self._judged(self.problem.decide(pairs), cost, saturated)
+
+    def _judged(self, policy: BitPolicy, cost: float, saturated: float) -> Step:
+        """Have a policy judged, and end the episode."""
         result = self.judge(policy)
         reward = reward_of(self.problem, result)
         info = {

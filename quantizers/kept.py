@@ -24,6 +24,18 @@ def kept_channels(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return dict(_record(network)["kept"])
 
 
+def channel_sizes(network: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return how many channels each group of a network had before channels were removed from it, and their unit.
+
+    Args:
+        network: Any, as for `kept_channels`.
+
+    Returns:
+        Channels and unit, by group; empty if nothing was removed.
+    """
+    return dict(_record(network)["sizes"])
+
+
 def record_kept(network: nn.Module, made: nn.Module, sizes: Mapping[str, tuple[int, int]], kept: Mapping[str, Any]) -> None:
     """Let a smaller network know which channels it has.
 

@@ -3,9 +3,9 @@
     problem = haq.Problem(network, calibrate, search, "edge", budget=0.2, prune="0.25:1", criterion="fpgm")
     problem.evaluate(problem.uniform(8).with_keep({"features.0": 0.5}))
 
-A policy says in `keep` which share of a group's channels is kept (`quantizers.BitPolicy`); groups that it doesn't name keep all
-of theirs. Such a policy costs what the really smaller layers cost, and is worth what the really smaller network is worth: its
-channels are removed, the statistics of its norms are taken anew, and it is quantized at just the policy's bits.
+A policy says in `keep` which share of a group's channels is kept (`quantizers.BitPolicy`); groups that it doesn't name keep
+all of theirs. Such a policy costs what the really smaller layers cost, and is worth what the really smaller network is worth:
+channels are removed, the statistics of norms are taken anew, and it is quantized at just the policy's bits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from haq.problem.channel_costs import MEAN_BITS, VariantCosts
 from haq.problem.channel_evaluation import ChannelEvaluator, Recipe, frozen_norms
 from haq.problem.channel_shapes import Shapes
 from haq.problem.decision import Decision, priced
-from haq.problem.limits import PeakLimit
+from haq.problem.joint import JointCosts
+from haq.problem.limits import Limit, PeakLimit
 from haq.problem.problem import NotAllowed, Problem
 from haq.problem.samples import Samples, outputs_of, samples_in
 from haq.problem.shares import read_shares, shares_words
@@ -40,8 +41,8 @@ from hw_models.target import is_measured
 from hw_models.widths import PLACES, places
 from quantizers.calling import inputs_of
 from quantizers.norms import running_norms
+from quantizers.pruning.channels import ChannelGroup, ChannelGroups
 from quantizers.pruning.criterion import Criterion, Ranking
-from quantizers.pruning.groups import ChannelGroup, ChannelGroups
 
 Shares = Mapping[str, float]  # what is kept, by the name of a group of channels; groups that aren't named keep all
 Numbers = NDArray[np.int64]  # (..., channel decisions): the number of an option for each of them
@@ -94,6 +95,7 @@ class ChannelProblem(Problem):
     not_pruned: dict[str, str]
     evaluator: ChannelEvaluator
     _chooses_channels = True
+    _joint: tuple[JointCosts | None, list[Decision], tuple[Limit, ...]] = (None, [], ())
 
     def __init__(self, *given: Any, prune: Any = None, criterion: str | Criterion = "l1", **named: Any) -> None:
         """Make a problem as `Problem` does.
@@ -126,16 +128,20 @@ class ChannelProblem(Problem):
         network, forward = self.network, self.forward
         if self.criterion.needs_loss and not self.objective.takes_scores:
             raise ValueError(
-                f"criterion {self.criterion.name!r} needs a loss, which objective {self.objective.name!r} doesn't have without "
-                "targets: choose another criterion, such as l1 or fpgm"
+                f"criterion {self.criterion.name!r} needs a loss, which objective {self.objective.name!r} doesn't have "
+                "without targets: choose another criterion, such as l1 or fpgm"
             )
         if running_norms(network) and sum(map(samples_in, self.calibration)) < 2:
-            raise ValueError("`calibrate` has one sample, by which norms of a smaller network have no variance: give 2 or more")
+            raise ValueError(
+                "`calibrate` has one sample, by which norms of a smaller network have no variance: give 2 or more"
+            )
         given = example
         if forward is None:
             given = inputs_of(example, network)
         self.channel_groups = Q.channel_groups(network, given, forward=forward)
-        pinned = set(self._pins_asked or Q.ends(self.workload.names))
+        pinned = self._pins_asked
+        if pinned is None:
+            pinned = Q.ends(self.workload.names)
         self.not_pruned = dict(self.channel_groups.fixed)
         found, options = [], []
         for group in self.channel_groups.groups:
@@ -309,9 +315,9 @@ class ChannelProblem(Problem):
         made = self._view(counts, mask)
         made.keep = dict(self.keep_of(self.numbers_of(keep)))
         made.channel_decisions = ()
+        made.workload = self._shapes.workload_of(counts)
+        made.table = dataclasses.replace(made.table, workload=made.workload)
         if self.peak is not None:
-            made.workload = self._shapes.workload_of(counts)
-            made.table = dataclasses.replace(made.table, workload=made.workload)
             made.peak = PeakLimit(made.workload, self.table.batch, self.peak.amount)
         return made
 
@@ -566,7 +572,7 @@ class ChannelProblem(Problem):
         super().check_policy(policy)
         keep = _keep_of(policy)
         self.numbers_of(keep)
-        if self.keep and keep != self.keep:
+        if not self.channel_decisions and keep != self.keep:
             raise NotAllowed("the channels are chosen already, and the policy keeps others: `at` tells which")
 
     def means_something(self, policy: Bits) -> bool:
@@ -617,6 +623,45 @@ class ChannelProblem(Problem):
         workload = self._shapes.workload_of(counts)
         return workload, costs.table_of(workload, costs.rows(self._shapes.sizes(counts[None]))[0])
 
+    def prices_at(self, numbers: Numbers) -> NDArray[np.float64]:
+        """Return what the layers cost for given channels, by every limit that is a sum.
+
+        Args:
+            numbers: An option for every channel decision, shape (channel decisions,).
+
+        Returns:
+            In the order of `limits`, shape (limits, layers, 10, 10); infinite for pairs of widths that the target can't do.
+        """
+        costs = self._costs
+        assert costs is not None
+        found = costs.of_cells(costs.rows(self._shapes.sizes(self._counts(np.asarray(numbers)[None]))))[0]
+        columns = [costs.metrics.index(limit.metric) for limit in self.limits if limit.is_sum]
+        return found[columns].reshape(len(columns), len(self.workload), PLACES, PLACES)
+
+    def elements_at(self, numbers: Numbers) -> Numbers:
+        """Return how many values every activation holds for one image.
+
+        Args:
+            numbers: Options of the channel decisions, shape (policies, channel decisions).
+
+        Returns:
+            Shape (policies, buffers), in the order of the workload's.
+        """
+        return self._shapes.elements(self._counts(numbers))
+
+    @property
+    def joint(self) -> JointCosts:
+        """Return what channels and widths cost together, made once for the limits.
+
+        Raises:
+            ValueError: As `JointCosts` does.
+        """
+        made, decisions, limits = self._joint
+        if made is None or decisions is not self.decisions or limits is not self.limits:
+            made = JointCosts(self)
+            self._joint = (made, self.decisions, self.limits)
+        return made
+
     def channel_words(self, keep: Shares) -> dict[str, str]:
         """Say for tables, by layer, how many of its output channels are kept: {"features.0": "16 of 32"}; all layers."""
         counts = self._counts(self.numbers_of(keep)[None])[0]
@@ -626,6 +671,11 @@ class ChannelProblem(Problem):
             if layer.out_channels < whole.out_channels:
                 words[whole.name] = f"{layer.out_channels} of {whole.out_channels}"
         return words
+
+
+def chooses_channels(problem: Problem) -> TypeGuard[ChannelProblem]:
+    """Say whether channels are to be chosen in a problem; not where they are chosen already (`ChannelProblem.at`)."""
+    return isinstance(problem, ChannelProblem) and bool(problem.channel_decisions)
 
 
 def _keep_of(policy: object) -> dict[str, float]:

@@ -10,13 +10,14 @@ The return of an episode is given to every one of its steps, since the reward co
 scale, on which critics learn at any unit and at any distance from the float network.
 
 An agent sees the same features of every problem, in the same order (`envs.View`), so that one agent can go on with another
-problem.
+problem. Of channels and widths (`haq/PruneAndQuantize-v0`) it sees what that environment shows, and begins as one that knows
+nothing.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +35,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 import envs
 from envs.base import reward_of, unit_box
 from envs.view import FEATURES
+from haq.problem.channels import chooses_channels
 from haq.problem.evaluator import Evaluation, one_thread
 from haq.problem.problem import Problem
 from haq.solvers.agent_file import AgentFile
@@ -171,7 +173,14 @@ class Actor:
         saturated: The share of its actions without noise that lay at a bound, by choice.
     """
 
-    def __init__(self, name: str, problem: Problem, seed: int, start: AgentFile | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        problem: Problem,
+        seed: int,
+        start: AgentFile | None = None,
+        losses: Sequence[NDArray[np.float64]] | None = None,
+    ) -> None:
         """Make an agent that learned nothing on this problem.
 
         Args:
@@ -179,14 +188,23 @@ class Actor:
             problem: What is searched; some decision has more than one option.
             seed: What everything random comes from.
             start: A pretrained agent, whose networks it begins with; None for those of chance.
+            losses: What options are predicted to lose, by place, of a problem of channels and widths; None: by their errors.
 
         Raises:
             ValueError: If the pretrained agent's networks aren't what its file says.
         """
         self.name = name
-        self.env = envs.MixedPrecisionEnv(problem)
+        self.env: envs.MixedPrecisionEnv | envs.PruneAndQuantizeEnv
+        self._shown: gymnasium.Env[Any, Any]  # as the agent sees it
+        if chooses_channels(problem):
+            joint = envs.PruneAndQuantizeEnv(problem, losses)
+            self.env = self._shown = joint
+            self._view: Callable[[Floats], Floats] = np.asarray
+        else:
+            widths = envs.MixedPrecisionEnv(problem)
+            self.env, self._shown = widths, envs.ViewEnv(widths)
+            self._view = envs.View(widths.features)
         self.problem = problem
-        self._view = envs.View(self.env.features)
         self._draws = np.random.default_rng([seed, 1])
         self.saturated: list[float] = []
         with kept_random_state():
@@ -198,12 +216,11 @@ class Actor:
 
     def _begun(self, seed: int, start: AgentFile | None) -> OffPolicyAlgorithm:
         """Make the agent."""
-        env = envs.ViewEnv(self.env)
         if start is None:
-            agent = make_agent(self.name, env, seed)
+            agent = make_agent(self.name, self._shown, seed)
             blind(agent)
             return agent
-        agent = make_agent(self.name, env, seed, start.record.hidden)
+        agent = make_agent(self.name, self._shown, seed, start.record.hidden)
         start.start(agent)
         return agent
 

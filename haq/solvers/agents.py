@@ -35,6 +35,7 @@ from torch import Tensor
 
 import envs
 import quantizers as Q
+from haq.problem.channels import ChannelProblem, chooses_channels
 from haq.problem.evaluator import Evaluation, one_thread
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import Problem
@@ -207,6 +208,9 @@ class Agent(Solver):
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
         """Search in one of the two environments, and leave global generators as they were."""
+        if chooses_channels(problem):
+            self._solve_jointly(problem, session, seed)
+            return
         if all(len(decision.pairs) == 1 for decision in problem.decisions):
             # There is nothing to learn where there is nothing to decide.
             session.evaluate(problem.decide(decision.pairs[0] for decision in problem.decisions))
@@ -224,6 +228,23 @@ class Agent(Solver):
     def spending(self, problem: Problem, evaluations: int) -> list[Spending]:
         """Tell what the evaluations go into."""
         return start_spending(problem, evaluations)
+
+    def _solve_jointly(self, problem: ChannelProblem, session: Session, seed: int) -> None:
+        """Search channels and widths. Raises ValueError for what an agent can't do there."""
+        if session.env != PLAN:
+            raise ValueError(
+                f"environment {session.env!r} knows no channels: search channels and widths in {PLAN!r}, or leave prune out"
+            )
+        if session.agent is not None:
+            raise ValueError(
+                "a pretrained agent knows no channels: leave the agent out, or search widths alone, without prune"
+            )
+        search = Search(problem, session, seed, alone=self.alone)
+        if len(search.space.free):
+            actor = Actor(self.name, problem, seed, losses=search.losses)
+            actor.saturated = session.saturated
+            search.propose_with(actor)
+        search.run()
 
     def _solve_as_haq(self, problem: Problem, session: Session, seed: int) -> None:
         if problem.goal.kind != BEST.kind:

@@ -7,6 +7,7 @@ import numpy as np
 import quantizers as Q
 from haq.problem.problem import Problem
 from haq.solvers.base import Session, Solver
+from haq.solvers.joint_space import option_counts
 from haq.solvers.random_search import MOST_STALE_ROUNDS, draw, policy, unseen
 
 POPULATION = 20
@@ -97,6 +98,7 @@ def breed(problem: Problem, population: list[Member], random: np.random.Generato
         rivals = random.integers(len(population), size=TOURNAMENT)
         parents.append(min(population[i] for i in rivals)[1])
     child = [int(random.choice(genes)) for genes in zip(*parents, strict=True)]
+    counts = option_counts(problem)
     for i in np.flatnonzero(random.random(len(child)) < 1 / len(child)):
-        child[i] = int(random.integers(len(problem.decisions[i].pairs)))
+        child[i] = int(random.integers(counts[i]))
     return child

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
+from haq.problem.channels import ChannelProblem, chooses_channels
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.limits import ROUNDING
 from haq.problem.problem import Problem
 from haq.solvers.base import Session, Solver
+from haq.solvers.joint_space import option_counts
 from haq.solvers.random_search import policy, total_price
 
 AHEAD = 16  # policies that workers may begin with, of which the first may end the search
+TOGETHER = 4096  # policies of channels and widths whose costs are looked up at once
 HOPELESS = 1000  # times as many policies as evaluations, which it would take too long to count
 
 
@@ -33,14 +37,17 @@ class Exhaustive(Solver):
 
         Where the cheapest is looked for they may be more: it isn't known before how many it takes.
         """
-        options = [range(len(decision.pairs)) for decision in problem.decisions]
+        options = [range(count) for count in option_counts(problem)]
         count = math.prod(map(len, options))
         if count > HOPELESS * session.evaluations:
             raise ValueError(
                 f"there are {count:.3g} policies; exhaustive search of {session.evaluations} evaluations is hopeless"
             )
         every = map(list, itertools.product(*options))
-        chosen = [picks for picks in every if problem.fits(picks)]
+        if chooses_channels(problem):
+            chosen = _fitting(problem, every)
+        else:
+            chosen = [picks for picks in every if problem.fits(picks)]
         if problem.goal.kind == CHEAPEST:
             self._from_below(problem, session, chosen)
             return
@@ -71,3 +78,17 @@ class Exhaustive(Solver):
             if place % AHEAD == 0:
                 session.expect(policies[place : place + min(AHEAD, session.left)])
             session.evaluate(policies[place])
+
+
+def _fitting(problem: ChannelProblem, every: Iterator[list[int]]) -> list[list[int]]:
+    """List the policies of channels and widths that are within all budgets.
+
+    Args:
+        problem: What is searched.
+        every: An option for each channel decision, then for each decision of widths.
+    """
+    found = []
+    while part := list(itertools.islice(every, TOGETHER)):
+        fits = problem.joint.fits(np.array(part))
+        found += [picks for picks, fit in zip(part, fits.tolist(), strict=True) if fit]
+    return found

@@ -7,9 +7,11 @@ from collections.abc import Collection
 import numpy as np
 
 import quantizers as Q
+from haq.problem.channels import chooses_channels
 from haq.problem.problem import Problem
 from haq.problem.programme import STEP, Programme
 from haq.solvers.base import Session, Solver
+from haq.solvers.joint_space import JointSpace, drawing_space, option_counts
 
 AHEAD = 256  # policies that are drawn before the first of them is evaluated
 RACED = 16  # policies that are begun with before the first of them is evaluated, where those after it are to beat it
@@ -17,7 +19,7 @@ MOST_STALE_ROUNDS = 100  # draws in a row that are no new policy, after which th
 
 
 class RandomSearch(Solver):
-    """Draws every decision's pair uniformly among those worth choosing, and repairs it.
+    """Draws every decision's pair uniformly among those worth choosing, and repairs it; of channels every group's share too.
 
     A naive draw would leave much of the budget unused.
     """
@@ -74,12 +76,14 @@ def unseen(
 
 
 def draw(problem: Problem, random: np.random.Generator) -> list[int]:
-    """Draw an option of every decision, uniformly, whatever it costs."""
-    return [int(random.integers(len(decision.pairs))) for decision in problem.decisions]
+    """Draw an option of every decision, uniformly, whatever it costs; of channels too, if there are any to choose."""
+    return [int(random.integers(count)) for count in option_counts(problem)]
 
 
 def policy(problem: Problem, chosen: list[int]) -> Q.BitPolicy:
     """Make the policy of an option per decision."""
+    if chooses_channels(problem):
+        return drawing_space(problem).policy(chosen)
     return problem.decide(decision.pairs[pick] for decision, pick in zip(problem.decisions, chosen, strict=True))
 
 
@@ -94,6 +98,8 @@ def lowered(problem: Problem, chosen: list[int], random: np.random.Generator) ->
     Returns:
         An option per decision.
     """
+    if chooses_channels(problem):
+        return _lowered_jointly(drawing_space(problem), chosen, random)
     if problem.several is not None:
         return _lowered_within_all(problem.several, chosen, random)
     prices = [decision.prices for decision in problem.decisions]
@@ -106,6 +112,15 @@ def lowered(problem: Problem, chosen: list[int], random: np.random.Generator) ->
             chosen[layer] = int(random.choice(cheaper))
             taken[layer] = float(prices[layer][chosen[layer]])
     return chosen
+
+
+def _lowered_jointly(space: JointSpace, chosen: list[int], random: np.random.Generator) -> list[int]:
+    """Lower random decisions, of channels and of widths, until all budgets hold; if that leads nowhere, take a random plan."""
+    found = space.lowered(np.array([chosen]), random)
+    if not len(found):
+        return list(space.planned([random.random(count) for count in space.counts.tolist()]))
+    lower: list[int] = found[0].tolist()
+    return lower
 
 
 def _lowered_within_all(programme: Programme, chosen: list[int], random: np.random.Generator) -> list[int]:
@@ -150,6 +165,9 @@ def filled(problem: Problem, chosen: list[int], random: np.random.Generator) -> 
     Returns:
         An option per decision.
     """
+    if chooses_channels(problem):
+        full: list[int] = drawing_space(problem).filled(np.array([chosen]), random)[0].tolist()
+        return full
     chosen = list(chosen)
     total = total_price(problem, chosen)
     for dearest in (False, True):
@@ -174,4 +192,6 @@ def filled(problem: Problem, chosen: list[int], random: np.random.Generator) -> 
 
 def total_price(problem: Problem, chosen: list[int]) -> float:
     """Sum the prices of an option per decision, in the metric's unit."""
+    if chooses_channels(problem):
+        return float(problem.joint.totals(np.array([chosen]))[0, 0])
     return sum(float(decision.prices[pick]) for decision, pick in zip(problem.decisions, chosen, strict=True))

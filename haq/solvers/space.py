@@ -188,6 +188,14 @@ class Space:
             left -= float(price[option])
         return tuple(chosen)
 
+    def losses(self, increases: Floats) -> list[Floats]:
+        """Return what every option is predicted to lose, by decision.
+
+        Args:
+            increases: How much every pair of widths raises the loss, shape (decisions, 10, 10).
+        """
+        return [decision.of(table) for decision, table in zip(self.problem.decisions, increases, strict=True)]
+
     def drawn(self, count: int, draws: np.random.Generator) -> Options:
         """Draw policies, every option as likely as the others, whatever they cost."""
         return (draws.random((count, len(self.counts))) * self.counts).astype(np.int64)

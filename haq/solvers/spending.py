@@ -10,6 +10,7 @@ from haq.problem.problem import Problem
 from haq.solvers import PLAN
 from haq.solvers.base import Solver, Spending
 from haq.solvers.cheapest import MEASURED
+from haq.solvers.joint_space import option_counts
 from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
 
 PER_ROOT = 24  # evaluations for the root of a bit of choice
@@ -31,10 +32,11 @@ def proposed(problem: Problem) -> int:
     Returns:
         The number.
     """
-    choice = sum(math.log2(len(decision.pairs)) for decision in problem.decisions)
+    counts = option_counts(problem)
+    choice = sum(map(math.log2, counts))
     found = max(STEP * round(PER_ROOT * math.sqrt(choice) / STEP), STEP)
     if choice < math.log2(found):
-        return math.prod(len(decision.pairs) for decision in problem.decisions)
+        return math.prod(counts)
     return found
 
 

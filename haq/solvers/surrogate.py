@@ -37,6 +37,7 @@ from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import Problem
 from haq.solvers import greedy, ilp, sensitivity
 from haq.solvers.base import Session, Solver, Spending
+from haq.solvers.joint_space import JointSpace, option_counts, space_of
 from haq.solvers.process import Process
 from haq.solvers.space import Flags, Floats, Options, Space
 from haq.store.units import PERCENT
@@ -401,7 +402,7 @@ class Search:
         """
         self.problem = problem
         self.session = session
-        self.space = Space(problem)
+        self.space = space_of(problem)
         self.model = Model(self.space, problem.evaluator.count)
         self.proposers = list(proposers)
         self.alone = alone
@@ -434,6 +435,11 @@ class Search:
         evaluation = self.session.evaluate(policy)
         self.learn(options, policy, evaluation)
         return policy, evaluation
+
+    def propose_with(self, proposer: Proposer) -> None:
+        """Let somebody propose candidates from now on."""
+        self.proposers.append(proposer)
+        self.session.proposers = [one.name for one in self.proposers]
 
     def begin_with(self, count: int, place: int) -> None:
         """Begin with fewer policies, where several searches begin together.
@@ -568,7 +574,12 @@ class Search:
         return known.table(self.problem)
 
     def _proposals(self) -> list[tuple[int, ...]]:
-        """List the plan for the sum of the errors, and what programme and greedy descent make of predicted losses."""
+        """List the plan for the sum of the errors, and what programme and greedy descent make of predicted losses.
+
+        Of channels and widths it is what every search of both should know of (`JointSpace.first_policies`).
+        """
+        if isinstance(self.space, JointSpace):
+            return self.space.first_policies(self.losses)
         found = [self.space.planned(self._sums(np.square(self.space.errors)))]
         if self._guides is not None:
             for propose in (ilp.propose, greedy.propose):
@@ -581,14 +592,22 @@ class Search:
         """Sum what operands do, by decision, under random weights: errors, their roots or predicted losses."""
         weights = np.exp(SPREAD * self._draws.standard_normal((len(self.space.counts), 1, 2)))
         kind = self._draws.random()
+        if isinstance(self.space, JointSpace):
+            weights = self.space.balanced(weights, self._draws)
         if self._guides is not None and kind < GUIDED:
-            decisions = self.problem.decisions
-            losses = [decision.of(table) for decision, table in zip(decisions, self._guides, strict=True)]
+            losses = self.space.losses(self._guides)
             return [loss * weight[0, 0] for loss, weight in zip(losses, weights, strict=True)]
         errors = np.square(self.space.errors)
         if kind < (1 + GUIDED) / 2:
             errors = self.space.errors
         return self._sums(errors * weights)
+
+    @property
+    def losses(self) -> list[Floats]:
+        """Return what every option is predicted to lose: by gradients, or else by the errors that it leaves."""
+        if self._guides is None:
+            return self._sums(np.square(self.space.errors))
+        return self.space.losses(self._guides)
 
     def _sums(self, errors: Floats) -> list[Floats]:
         """Sum errors of weights and of activations, shape (decisions, options, 2), by decision."""
@@ -697,7 +716,7 @@ def wanted_start(free: int) -> int:
 
 def start_spending(problem: Problem, evaluations: int) -> list[Spending]:
     """Tell what evaluations go into; see `Solver.spending`."""
-    free = sum(len(decision.pairs) > 1 for decision in problem.decisions)
+    free = sum(count > 1 for count in option_counts(problem))
     start = start_of(free, evaluations)
     return [
         Spending(

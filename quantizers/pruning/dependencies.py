@@ -23,6 +23,7 @@ Place = tuple[str, str, int]  # a module or tensor, the dimension, the position 
 MOVING = {"view", "reshape", "transpose", "swapaxes", "permute", "movedim", "flatten", "unflatten", "contiguous"}
 MOVING |= {"channel_shuffle", "native_channel_shuffle"}
 INPUT = "input{}"  # the parameter that stands for an input while the network is followed
+SHUFFLE = "shuffle "  # a name that no module has
 UNSIGNED = 2**64
 TENSOR_ORDER = 10**9  # tensors that are no module's are behind all modules
 
@@ -241,6 +242,7 @@ class _Reading:
                 continue
             known.update(new)
             self._join(root, node, side, new)
+            self._tie_shuffled(root, node, new)
             triggered = [dependency for dependency in node.dependencies if dependency.is_triggered_by(side)]
             todo.extend((edge.target, edge.handler, self._mapped(edge, new)) for edge in triggered)
 
@@ -286,6 +288,18 @@ class _Reading:
                     self.same.join(place, (*known, channel.idx))
             if reason:
                 self.reasons.setdefault(place, reason)
+
+    def _tie_shuffled(self, root: nn.Module, node: Any, channels: Iterable[Any]) -> None:
+        """Tie channels of which a shuffle makes neighbours: it must find as many in each of its groups."""
+        order = _selection_of(node)
+        if order is None or len(order) < 2:
+            return
+        in_group = order[1]
+        if order != [place + group for place in range(in_group) for group in range(0, len(order), in_group)]:
+            return
+        shuffle = f"{SHUFFLE}{id(node)}"
+        for channel in channels:
+            self.tied.join((shuffle, OUT, order[channel.idx] % in_group), (self.names[root], OUT, channel.root_idx))
 
     def _dimension(self, node: Any, side: Any) -> tuple[str, str] | None:
         """Return the name of what holds weights for the channels at a node, and in which dimension; None if nothing does."""
@@ -375,8 +389,9 @@ class _Reading:
         """Return the numbers of channels that are tied."""
         numbers = _Sets()
         for places in self.tied.all():
-            for place in places:
-                numbers.join(of_place[places[0]], of_place[place])
+            known = [of_place[place] for place in places if place in of_place]
+            for number in known:
+                numbers.join(known[0], number)
         return numbers.all()
 
     def _sorted(self) -> ChannelGroups:
@@ -390,7 +405,8 @@ class _Reading:
         for number, places in enumerate(channels):
             signature = Counter((name, dim) for name, dim, _ in places)
             by_modules.setdefault(frozenset(signature.items()), []).append(number)
-        groups, fixed = [], {}
+        groups: list[ChannelGroup] = []
+        fixed: dict[str, str] = {}
         taken: Counter[str] = Counter()
         for numbers in sorted(by_modules.values(), key=lambda numbers: min(self._rank(channels[n][0]) for n in numbers)):
             units = sorted({unit_of.get(number, (number,)) for number in numbers})
@@ -408,6 +424,12 @@ class _Reading:
                 groups.append(replace(group, name=name))
             elif fixed.get(group.name) != reason:
                 fixed[name] = reason
+        followed = {name for places in channels for name, dim, _ in places if dim == OUT}
+        for name, module in self.modules.items():
+            if isinstance(module, MAKERS) and name not in followed:
+                fixed[name] = "it is never called"
+                if name in self.order:
+                    fixed[name] = "what becomes of them on the way to the outputs can't be followed"
         return ChannelGroups(tuple(groups), fixed)
 
     def _why_fixed(self, channels: list[list[Place]], units: list[tuple[int, ...]]) -> str:
