@@ -71,7 +71,7 @@ def run_evaluation(folder: Path, output: Output, scheme: str | None = None, devi
             rivals[name] = run.check_policy(Q.BitPolicy.from_dict(bits), task, folder / RESULT)
         task = with_scheme(task, scheme)
         result = summary.collect(task, policy, tuned, rivals, earlier["evaluations"], earlier.get("saturated_actions"))
-    for name in ("finetuned_scheme", "finetuned_by", "tuning", "reconstruction"):
+    for name in ("finetuned_scheme", "finetuned_by", "tuning", "reconstruction", "bits_only"):
         if name in earlier:
             result[name] = earlier[name]
     changed = found is not None and not run.is_found(found, policy)

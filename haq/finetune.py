@@ -180,12 +180,18 @@ def _measured_anew(task: SearchTask, policy: Q.BitPolicy, result: dict[str, Any]
         result: What result.json holds.
     """
     from haq.study import result as summary
+    from haq.study.channels import channels_of
 
     encoded = policy.to_dict()
     if result.get("policy", encoded) == encoded:
         return {}
     row, of_found = summary.entry_by_sample(task, policy)
+    channels = channels_of(task.problem, policy)
+    entries = {}
+    if channels is not None:
+        entries["channels"] = channels.to_dict()
     return {
+        **entries,
         **summary.budgets_used(task.problem, policy),
         **summary.goal_entries(task, policy),
         "uniform8": summary.entry(task, task.problem.reference_policy, found=of_found),

@@ -39,8 +39,10 @@ KINDS = {
     "solvers": Kind("haq.solvers:SOLVERS", "--solver"),
     "objectives": Kind("haq.problem:OBJECTIVES", "--objective"),
     "schemes": Kind("quantizers:scheme_rows", "--scheme"),
+    "criteria": Kind("quantizers.pruning:criterion_rows", "--criterion, of channels that are kept with --prune"),
     "attacks": Kind("haq.attacks:ATTACKS", "haq robustness --attacks"),
     "exporters": Kind("haq.deployment:EXPORTERS", "haq deploy --to"),
+    "methods": Kind("haq.training.methods:METHODS", "haq train --method"),
 }
 LIKE = "a part of a name; with it, networks of timm, torchvision and pytorchcv are listed too, which are hundreds"
 

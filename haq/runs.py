@@ -269,7 +269,7 @@ def _limits_asked(settings: Mapping[str, Any]) -> str:
     words = f"{settings.get('metric')} {settings.get('budget')}"
     if "=" in str(settings.get("budget")):
         words = str(settings["budget"]).replace(",", " ")
-    for name in ("max_drop", "at_least", "tradeoff"):
+    for name in ("max_drop", "at_least", "tradeoff", "prune", "criterion"):
         if settings.get(name) is not None:
             words += f" {name.replace('_', '-')} {settings[name]}"
     return words
@@ -366,6 +366,8 @@ def _results(run: RunSummary) -> Iterator[tuple[str, str]]:
         yield "budget", _budget_words(budget, short_reference(result.reference))
     if result.reached is not None:
         yield "reached", result.reached_words
+    if result.channels is not None:
+        yield "channels", result.channels.words
     if result.choice is not None:
         yield "choice", result.choice.words
     name_of_reference = "uniform8"
@@ -530,8 +532,17 @@ def _outcomes(runs: Sequence[RunSummary], comparable: bool, same_unit: bool) -> 
     rows[f"cost, of {of_what}"] = [_fraction(run) for run in runs]
     for metric in _further_metrics(runs):
         rows[metric_words(metric)] = [_cost(run, metric) for run in runs]
+    if any(_channels(run) is not None for run in runs):
+        rows["channels kept"] = [_channels(run) for run in runs]
     rows["evaluations"] = [run.done for run in runs]
     return rows
+
+
+def _channels(run: RunSummary) -> str | None:
+    """Write how many channels are kept of those that were searched; None where none were, or the run isn't finished."""
+    if run.result is None or run.result.channels is None:
+        return None
+    return run.result.channels.short
 
 
 def _further_metrics(runs: Sequence[RunSummary]) -> list[str]:

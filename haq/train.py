@@ -44,6 +44,7 @@ from haq.study.config import (
     scheme_parts,
 )
 from haq.training.adversaries import STEPS, Adversary
+from haq.training.methods import METHODS, as_method, build_method
 from haq.training.optimizers import SCHEDULES, check_optimizer, check_schedule, usual_rate
 from hw_models import trust
 
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from haq.store.checkpoint import Checkpoint
     from haq.training.config import Outcome
     from haq.training.loop import Judge
+    from haq.training.methods import Method
 
 TRAINED = "What is trained"
 QUANTIZATION = "Quantization"
@@ -77,6 +79,7 @@ BEFORE = {
     "device": CPU,
     "forward": None,
     "search_images": None,
+    "method": None,
 }
 BATCH = 128  # images of a step
 STEPS_OF_EPOCH = 10  # at least, of few images: these are what trains
@@ -193,6 +196,15 @@ class TrainOptions(AnotherScheme):
     )
     optimizer: str = optimizer_setting(TRAINING)
     schedule: str = schedule_setting(TRAINING)
+    method: str | None = setting(
+        None,
+        "what is done beside the steps: a name as `haq list methods` shows them, or module:Name, with arguments if need be, "
+        "such as NAME(share=0.3)",
+        group=TRAINING,
+        metavar="NAME",
+        default_words="nothing",
+        names=lambda: METHODS.names(),
+    )
     patience: int | None = setting(
         None,
         "epochs in a row without a better network after which training ends",
@@ -233,6 +245,13 @@ class TrainOptions(AnotherScheme):
         check_schedule(text)
         return text
 
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, text: str | None) -> str | None:
+        if text is not None:
+            build_method(text)
+        return text
+
     @field_validator("objective")
     @classmethod
     def _check_objective(cls, name: str) -> str:
@@ -256,6 +275,8 @@ class TrainOptions(AnotherScheme):
                     raise ValueError(f"{name} {value} is of an attack: choose one with --adversarial {kinds}")
         else:
             self.adversary()
+        if self.method is not None and self.patience is not None and build_method(self.method).needs_all_epochs:
+            raise ValueError(f"--patience {self.patience}: --method {self.method} needs all epochs, leave --patience out")
         if self.memory is not None:
             parse_bytes(self.memory)
         read_channels("mean", self.mean)
@@ -337,7 +358,8 @@ class TrainOptions(AnotherScheme):
             words += ["--adversarial", self.adversarial, "--eps", asked["eps"], "--attack-steps", asked["attack_steps"]]
         if self.clip_weights:
             words.append("--clip-weights")
-        for name, usual in (("objective", ACCURACY), ("loss", None), ("optimizer", "sgd"), ("schedule", SCHEDULES[0])):
+        usual_values = {"objective": ACCURACY, "loss": None, "optimizer": "sgd", "schedule": SCHEDULES[0], "method": None}
+        for name, usual in usual_values.items():
             if getattr(self, name) != usual:
                 words += [f"--{name}", getattr(self, name)]
         if self.patience is not None:
@@ -424,6 +446,7 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
     from haq.store.lock import check_can_be_made, holding
 
     check_can_be_made(out.parent)
+    method = _method(options)
     state = Checkpoint(out.with_suffix(STATE), {})
     _check_unused(out, state, resume)
     with torch.random.fork_rng(devices=[]), ExitStack() as held:
@@ -438,7 +461,9 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
         out.parent.mkdir(parents=True, exist_ok=True)
         held.enter_context(holding(out.with_name(f".{out.name}.lock"), out, "the same command and --resume"))
         _check_unused(out, state, resume)  # another process may have begun meanwhile
-        outcome = _train(network, dataset, objective, options, state, output, log)
+        outcome = _train(network, dataset, objective, options, method, state, output, log)
+        # What it makes smaller is another network, and the one that is measured and written.
+        network = replace(network, module=method.rebuilt(network.module).eval())
         values = {name: _measured(objective, network, getattr(dataset, name)) for name in ("search", "test")}
         notes = {
             "trained_on": f"the train split of {dataset.describe()}",
@@ -476,6 +501,17 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
         output.notes, "python", "-m", "haq.search", "--hw", "edge", "--network", source, "--data", options.data, *following
     )
     return 0
+
+
+def _method(options: TrainOptions) -> Method:
+    """Make the method that is asked for. Raises ValueError if it needs a trained network, and none is given."""
+    method = as_method(options.method)
+    if method.needs_trained and not options.pretrained and networks.path_of_checkpoint(options.network) is None:
+        raise ValueError(
+            f"--method {options.method} begins with a trained network, and the weights of {options.network} are random here: "
+            "add --pretrained, or give a checkpoint, --network FILE or NAME@FILE"
+        )
+    return method
 
 
 def _measured(objective: Objective, network: Network, split: Split) -> float:
@@ -641,6 +677,7 @@ def _train(
     dataset: Dataset,
     objective: Objective,
     options: TrainOptions,
+    method: Method,
     state: Checkpoint,
     output: Output,
     log: Path | None,
@@ -652,6 +689,7 @@ def _train(
         dataset: The data.
         objective: What is minimised, and by what the network is judged.
         options: How.
+        method: What is done beside the steps.
         state: Keeps what it takes to go on.
         output: Where to print.
         log: The folder of TensorBoard events; None: none are written.
@@ -685,10 +723,11 @@ def _train(
         amp=options.amp,
     )
     judge = _judge(network, dataset, objective, adversary)
+    method = as_method(options.method)
     before: training.Judgement | None = None
     untrained = network.module
     # What training is to make of a network beside its accuracy isn't seen in how it was before.
-    if options.pretrained and adversary is None and not options.lipschitz:
+    if options.pretrained and adversary is None and not options.lipschitz and options.method is None:
         untrained = Q.copy_network(network.module)
         before = judge(network.module)
     held_out = f"held-out {objective.title}"
@@ -718,6 +757,7 @@ def _train(
             config,
             objective=objective,
             loss=named_loss(options.loss),
+            method=method,
             state=state,
             judge=judge,
             before=before,
@@ -732,6 +772,8 @@ def _train(
             Q.load_quantizer_state(network.module, Q.quantizer_state(untrained))
     if events is not None:
         events.close()
+    for sentence in method.report():
+        say(output.results, sentence)
     if clipping is not None:
         share = percent(clipping.mean_share, 3)
         say(output.results, f"one-bit weights that clipping changed: {share} at each step, on average")

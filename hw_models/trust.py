@@ -37,8 +37,11 @@ def named() -> tuple[str, ...]:
 
 
 def names_in(text: str) -> list[str]:
-    """List the parts of an option's value that may be names: of NAME,NAME and NAME,LAYER=NAME each, of NAME@PATH the name."""
-    return [part.partition("@")[0].rpartition("=")[2].strip() for part in text.split(",")]
+    """List the parts of an option's value that may be names: of NAME,NAME and NAME,LAYER=NAME each, of NAME@PATH the name.
+
+    Of NAME(ARGUMENT=VALUE) it is the name, too.
+    """
+    return [part.partition("@")[0].partition("(")[0].rpartition("=")[2].strip() for part in text.split(",")]
 
 
 def check(name: str, source: str, remedy: str = "") -> None:

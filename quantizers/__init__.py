@@ -5,7 +5,9 @@ qnet = Q.quantize(net, Q.BitPolicy.uniform(net, w=4, a=4), calibrate=loader)
 Q.set_policy(qnet, policy)
 """
 
-from quantizers.backward import BACKWARD
+from quantizers.backward import (
+    BACKWARD,
+)
 from quantizers.binary_training import (
     Bop,
     RPReLU,
@@ -16,8 +18,13 @@ from quantizers.binary_training import (
     split_parameters,
     two_stages,
 )
-from quantizers.copying import copy_network
-from quantizers.correction import Correction, correct_bias
+from quantizers.copying import (
+    copy_network,
+)
+from quantizers.correction import (
+    Correction,
+    correct_bias,
+)
 from quantizers.defensive import (
     ConvexAdd,
     Wiring,
@@ -28,12 +35,41 @@ from quantizers.defensive import (
     operator_norm,
     spectral_norms,
 )
-from quantizers.ensemble import Ensemble, bagging, boosting
-from quantizers.equalization import ChannelClamp, equalize, smooth
-from quantizers.folding import fold_batch_norm, fold_shifts
-from quantizers.functional import MAX_BITS, WIDTHS, dequantize, fake_quantize, integer_range, quantize_tensor, row_of
-from quantizers.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
-from quantizers.left_in_float import LeftInFloat
+from quantizers.ensemble import (
+    Ensemble,
+    bagging,
+    boosting,
+)
+from quantizers.equalization import (
+    ChannelClamp,
+    equalize,
+    smooth,
+)
+from quantizers.folding import (
+    fold_batch_norm,
+    fold_shifts,
+)
+from quantizers.functional import (
+    MAX_BITS,
+    WIDTHS,
+    dequantize,
+    fake_quantize,
+    integer_range,
+    quantize_tensor,
+    row_of,
+)
+from quantizers.kept import (
+    kept_channels,
+)
+from quantizers.layers import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+)
+from quantizers.left_in_float import (
+    LeftInFloat,
+)
 from quantizers.network import (
     activation_scales,
     backward_mode,
@@ -47,26 +83,38 @@ from quantizers.network import (
     scheme_records,
     set_policy,
 )
-from quantizers.norms import reestimate_norms
-from quantizers.policy import END_BITS, BitPolicy, ends
+from quantizers.norms import (
+    reestimate_norms,
+)
+from quantizers.policy import (
+    END_BITS,
+    BitPolicy,
+    ends,
+)
 from quantizers.pruning import (
     ChannelGroup,
     ChannelGroups,
     Criterion,
     MainSubsidiary,
     Ranking,
+    apply_kept,
     channel_groups,
     criterion_names,
     criterion_rows,
-    kept_channels,
     kept_share,
     layerwise_pruning,
     mask_channels,
     masked_layers,
+    prune,
     remove_channels,
     remove_filters,
+    share_kernels,
 )
-from quantizers.reconstruction import ReconstructedPart, Reconstruction, reconstruct
+from quantizers.reconstruction import (
+    ReconstructedPart,
+    Reconstruction,
+    reconstruct,
+)
 from quantizers.residuals import (
     ResidualGrid,
     ResidualQuantizer,
@@ -86,14 +134,20 @@ from quantizers.scheme import (
     scheme_rows,
     schemes_from_records,
 )
-from quantizers.schemes import LSQ, PACT, Binary, DoReFa, KMeans, Linear, LSQPlus, binarize, pact_penalty
+from quantizers.schemes import (
+    LSQ,
+    PACT,
+    Binary,
+    DoReFa,
+    KMeans,
+    Linear,
+    LSQPlus,
+    binarize,
+    pact_penalty,
+)
 
 __all__ = [
     "BACKWARD",
-    "END_BITS",
-    "LSQ",
-    "MAX_BITS",
-    "PACT",
     "Binary",
     "BitPolicy",
     "Bop",
@@ -104,14 +158,18 @@ __all__ = [
     "Correction",
     "Criterion",
     "DoReFa",
+    "END_BITS",
     "Ensemble",
     "IntegerActivations",
     "IntegerWeights",
     "KMeans",
+    "LSQ",
     "LSQPlus",
     "LeftInFloat",
     "Linear",
+    "MAX_BITS",
     "MainSubsidiary",
+    "PACT",
     "QuantConv1d",
     "QuantConv2d",
     "QuantLayer",
@@ -132,6 +190,7 @@ __all__ = [
     "Wiring",
     "activation_scales",
     "add_residual_quantizers",
+    "apply_kept",
     "backward_mode",
     "bagging",
     "binarize",
@@ -165,6 +224,7 @@ __all__ = [
     "masked_layers",
     "operator_norm",
     "pact_penalty",
+    "prune",
     "quant_layers",
     "quantize",
     "quantize_tensor",
@@ -182,6 +242,7 @@ __all__ = [
     "scheme_rows",
     "schemes_from_records",
     "set_policy",
+    "share_kernels",
     "smooth",
     "spectral_norms",
     "split_parameters",

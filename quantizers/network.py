@@ -18,6 +18,7 @@ from quantizers.calling import Forward
 from quantizers.copying import copy_network, evaluating
 from quantizers.correction import MeanInput, correct_bias, correct_weights
 from quantizers.functional import FEW_BITS, MAX_BITS, WIDE_BITS, WIDTHS, row_of
+from quantizers.kept import check_pruned_to
 from quantizers.layers import (
     ERRORS,
     FOUND_AFTER_TRAINING,
@@ -78,7 +79,8 @@ def quantize(
         network: A float network; it is left alone.
         policy: (weight bits, activation bits) by layer, each 1..8, 16 or None; must name every
             Conv1d, Conv2d and Linear that is called. None leaves that operand in float, and (None,
-            None) the layer.
+            None) the layer. Shares of channels that it keeps must be those that the network was pruned
+            to (`remove_channels`).
         scheme: A name (`Scheme.named`), a scheme with its options, such as
             Linear(calibration="kl"), or one per layer of the policy, by name.
         calibrate: Inputs, as one tensor or an iterable of tensors or (inputs, labels). Inputs may have
@@ -105,7 +107,8 @@ def quantize(
 
     Raises:
         ValueError: For unknown or missing layers, for bits out of range or without meaning in the
-            scheme, for calibration without data, for a correction or rounding without it, and for
+            scheme, for calibration without data, for a correction or rounding without it, for
+            shares of channels that the network wasn't pruned to, and for
             GPTQ with too few images, saying how many are enough.
 
     Warns:
@@ -113,6 +116,7 @@ def quantize(
     """
     if not isinstance(policy, BitPolicy):
         policy = BitPolicy(policy)
+    check_pruned_to(network, policy.keep)
     # What is made in inference mode can't be trained, ever.
     with torch.inference_mode(False):
         wanted = Wanted(_schemes(scheme, policy), correction, _roundings(rounding, policy), forward, alone)
@@ -426,11 +430,13 @@ def set_policy(network: nn.Module, policy: Mapping[str, Bits]) -> None:
 
     Raises:
         ValueError: Changing nothing, for unknown or missing layers, for bits that mean nothing in a
-            layer's scheme, and for bits that need calibration data where there were none.
+            layer's scheme, for bits that need calibration data where there were none, and for shares of
+            channels that the network wasn't pruned to.
     """
     layers = quant_layers(network)
     if not isinstance(policy, BitPolicy):
         policy = BitPolicy(policy)
+    check_pruned_to(network, policy.keep)
     _check_names(policy, layers, network)
     if missing := [name for name in layers if name not in policy]:
         raise ValueError(f"the policy lacks layers {', '.join(missing)}")
@@ -555,8 +561,8 @@ def quantizer_state(network: nn.Module) -> dict[str, Tensor]:
     for name, layer in quant_layers(network).items():
         if layer.only_bits is not None:
             raise ValueError(
-                f"layer {name!r} was calibrated for the bits of one policy alone, and has no state of all widths: quantize the "
-                "network without `alone`"
+                f"layer {name!r} was calibrated for the bits of one policy alone, and has no state of all widths: quantize "
+                "the network without `alone`"
             )
         for key in layer.state_names:
             state[f"{name}.{key}"] = getattr(layer, key).detach().clone()

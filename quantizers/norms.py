@@ -23,6 +23,9 @@ from quantizers.correction import distance
 from quantizers.network import float_copy
 from quantizers.observers import first_input
 
+# Norms whose training mode normalises a batch by its own mean and variance.
+ITSELF = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 
 def running_norms(network: nn.Module) -> list[_NormBase]:
     """Return the norms of a network that keep running statistics: batch norms, and instance norms that are told to."""
@@ -159,7 +162,8 @@ def _gathering(norms: Iterable[_NormBase]) -> Iterator[list[_Statistics]]:
         yield gathered
     finally:
         for statistics in gathered:
-            statistics.hook.remove()
+            for hook in statistics.hooks:
+                hook.remove()
             statistics.norm.momentum = statistics.momentum
             statistics.norm.eval()
 
@@ -177,7 +181,11 @@ class _Statistics:
         self.squares = torch.zeros_like(self.mean)  # of the distances from the mean, summed
         self.images = 0
         self.momentum = norm.momentum
-        self.hook = norm.register_forward_pre_hook(self.look, with_kwargs=True)
+        self.count = 0  # values of each channel in the batch that the norm is at, if it computes their statistics itself
+        self.hooks = [
+            norm.register_forward_pre_hook(self.look, with_kwargs=True),
+            norm.register_forward_hook(self.note),
+        ]
 
     def look(self, norm: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
         """Add a batch, and let the norm see this batch as it does in training."""
@@ -193,14 +201,34 @@ class _Statistics:
             norm.train()
             return
         count = x.numel() // x.shape[1]
+        if x.dtype == torch.float32 and type(norm) in ITSELF and count > 1:
+            # In training it computes the batch's statistics, in half the time of two passes over it.
+            self.count, norm.momentum = count, 1.0
+            norm.train()
+            return
+        norm.eval()
         of_batch = torch.var_mean(x.float(), [dim for dim in range(x.dim()) if dim != 1], correction=0)
         variance, mean = (values.double() for values in of_batch)
+        self._add(mean, variance, count)
+        self._set(mean, variance)
+
+    def note(self, norm: nn.Module, inputs: object, output: object) -> None:
+        """Take the statistics of a batch that the norm has computed itself."""
+        if not self.count:
+            return
+        count, self.count = self.count, 0
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
+        variance = self.norm.running_var.double() * ((count - 1) / count)
+        self._add(self.norm.running_mean.double(), variance, count)
+
+    def _add(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Add a batch of so many values of each channel."""
         total = self.seen + count
         apart = mean - self.mean
         self.mean += apart * count / total
         self.squares += variance * count + apart.square() * self.seen * count / total
         self.seen = total
-        self._set(mean, variance)
 
     def finish(self) -> None:
         """Give the norm the statistics of everything."""

@@ -105,9 +105,7 @@ class _Channels:
             self.clip = rows.abs().quantile(PERCENTILE, dim=1)
         self.energy = rows.square().sum().clamp_min(torch.finfo(rows.dtype).tiny)
 
-    def fitted(
-        self, widths: Iterable[int], rule: str, power_of_two: bool, asked: Collection[int]
-    ) -> tuple[Tensor, Tensor]:
+    def fitted(self, widths: Iterable[int], rule: str, power_of_two: bool, asked: Collection[int]) -> tuple[Tensor, Tensor]:
         """Return scales (widths, channels) by a rule, and relative errors (widths,), float32; 1 where nobody asks."""
         scales, errors = [], []
         for bits in widths:

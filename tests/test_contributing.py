@@ -17,6 +17,7 @@ from haq.attacks import ATTACKS
 from haq.deployment import EXPORTERS
 from haq.problem.objective import find_objective
 from haq.solvers.base import Session, solve
+from haq.training.methods import build_method
 from tests.conftest import images, make_problem, small_network
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -53,6 +54,7 @@ USES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "objective": ("TopTwo", objective),
     "attack": ("Corners", ATTACKS.get),
     "exporter": ("Listing", EXPORTERS.get),
+    "training method": ("Noisy", build_method),
     "network": ("small", networks.load),
     "data source": ("noise", data.load),
 }

@@ -1,4 +1,4 @@
-"""What docs/solvers.md shows runs as it is written."""
+"""What docs/solvers.md and docs/pruning.md show runs as it is written."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ import pytest
 
 from haq.__main__ import main
 from haq.problem.tabular import TabularProblem
+from haq.training.methods import METHODS, build_method
+from quantizers.pruning import criterion_names
 
-PAGE = (Path(__file__).parents[1] / "docs" / "solvers.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "solvers.md").read_text(encoding="utf-8")
+PRUNING = (DOCS / "pruning.md").read_text(encoding="utf-8")
 
 
 def test_the_page_on_solvers_runs_as_written(
@@ -43,3 +47,32 @@ def test_the_page_names_the_tables_that_ship() -> None:
         free = [one for one in problem.decisions if len(one.pairs) > 1]
         assert (len(free), f"{len(problem.file.accuracy):,}") == (int(decisions), policies)
         assert (problem.target.name, ", ".join(problem.file.limits)) == (target, budgets)
+
+
+def test_the_page_on_pruning_runs_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", PRUNING, re.DOTALL)
+    assert len(blocks) == 3
+    found: dict[str, object] = {}
+    exec("".join(blocks), found)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "0 8 ('0',) ('3',)"
+    assert "outputs of the network" in printed[2]
+    assert printed[3].startswith("Conv2d(4, 8")
+    assert printed[-1].startswith("Result(surrogate: accuracy")
+    assert found["small"][3].in_channels == 4  # type: ignore[index]
+
+
+def test_the_page_on_pruning_names_every_criterion_and_method() -> None:
+    named = set(re.findall(r"`([a-z0-9-]+)`", "".join(re.findall(r"^\| (`.*?) \|", PRUNING, re.MULTILINE))))
+    assert named == {*criterion_names(), *METHODS.names()}
+
+
+def test_the_commands_of_the_page_on_pruning_are_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (search,) = re.findall(r"^    haq (search .*)$", PRUNING, re.MULTILINE)
+    assert main([*shlex.split(search), "--dry-run"]) == 0
+    (training,) = re.findall(r"^    haq train .*--method (\".*?\").*$", PRUNING, re.MULTILINE)
+    build_method(shlex.split(training)[0])

@@ -3,8 +3,9 @@
 haq-checkpoint-1    a float network
 haq-network-2       a quantized network: the tensors of the float network under their own keys, those of its quantizers under
                     "quantizer/"; policy and schemes as JSON in the header, and a hash of the structure of the float network;
-                    with residual quantizers also where these are
+                    with residual quantizers also where these are, and of a network of fewer channels which are kept
 
+Files of both kinds tell which channels are kept where some were removed, and the groups of convolutions that learned them.
 Nothing that a file holds is imported or executed, and its tensors are read once their sizes are known to be those of its
 network. The same content gives the same bytes.
 """
@@ -30,7 +31,9 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq.networks import split_name
 from haq.networks.building import build_as_file_says, shapes_of
+from haq.networks.grouped import GROUPINGS, groupings_notes, read_groupings, regrouped
 from haq.networks.network import Network, output_count
+from haq.networks.pruned import CHANNELS, SIZES, channels_notes, read_channels, shrunk
 from haq.store import torch_files
 from haq.store.files import check_file, check_schema, kind_of, quoted, write
 from hw_models import trust
@@ -49,10 +52,27 @@ MOST_NOTE = 2**21  # characters of policy and schemes in a header
 MOST_SHORT_NOTE = 1000  # characters of what else is read of it
 MOST_HEADER = 2**24  # bytes of a header: the names and shapes of tensors, and notes
 MOST_FILE = 2**40
+MOST_PRUNED = 64  # times as large as in a file a network with all channels may be
+MOST_WHOLE = 2**26  # and so many values besides
 MOST_VALUE = 1e6  # of a mean or a deviation; its inverse is the least of a deviation
-RESERVED = ("format", "network", "classes", "input_shape", "mean", "std", "policy", "schemes", "structure", "residuals")
+RESERVED = (
+    "format",
+    "network",
+    "classes",
+    "input_shape",
+    "mean",
+    "std",
+    "policy",
+    "schemes",
+    "structure",
+    "residuals",
+    CHANNELS,
+    GROUPINGS,
+    SIZES,
+)
 # The ends of the names of tensors that must be finite. What else a scheme keeps is its own affair: borders are infinite.
 FINITE = ("weight", "bias", "running_mean", "running_var", "_scale", "_clip", "_offset", "_signed", "_error", "codebook")
+Shape = tuple[int, ...]
 STEPS = ("_scale", "_clip")  # the ends of the names of tensors whose values are distances
 # Attributes of layers that training alone depends on, and that the shapes of tensors tell already.
 UNSIGNED = {"training", "inplace", "momentum"}
@@ -87,6 +107,7 @@ def save_checkpoint(network: Network, path: Path, notes: Mapping[str, str] | Non
         save_quantized(path, network.module, network, notes)
         return
     header = {"format": CHECKPOINT_FORMAT, **_description(network), **_free(notes)}
+    header |= channels_notes(network.module) | groupings_notes(network.module)
     write_safetensors(_contiguous(network.module.state_dict()), path, header)
 
 
@@ -110,6 +131,7 @@ def save_quantized(
     header["structure"] = structure(qnetwork)
     if Q.residual_quantizers(qnetwork):
         header["residuals"] = json.dumps(Q.residual_places(qnetwork))
+    header |= channels_notes(qnetwork) | groupings_notes(qnetwork)
     header |= _free(notes)
     tensors = _contiguous(qnetwork.state_dict())
     for key, tensor in _contiguous(Q.quantizer_state(qnetwork)).items():
@@ -122,7 +144,8 @@ def load_quantized(path: Path, module: nn.Module | None = None) -> nn.Module:
 
     Args:
         path: The file.
-        module: The float network that it is of, which stays as it is. None: the one of the name in the file.
+        module: The float network that it is of, which stays as it is; of one with fewer channels the one with
+            all of them. None: the one of the name in the file.
 
     Returns:
         The quantized network.
@@ -137,6 +160,7 @@ def load_quantized(path: Path, module: nn.Module | None = None) -> nn.Module:
     policy, schemes = _policy_and_schemes(header)
     if module is None:
         module = _named_module(header)
+    module = _with_groups(header, _with_channels(header, module))
     expected = module.state_dict()
     _check_shapes(path, float_tensors(header.shapes), _shapes(expected))
     _check_structure(header, module)
@@ -235,6 +259,7 @@ def restore(network: Network, path: Path) -> Network:
     """
     header = read_header(path)
     _, shape, mean, std = _images(header)
+    network = replace(network, module=_with_groups(header, _with_channels(header, network.module)))
     _check_shapes(path, float_tensors(header.shapes), _shapes(network.module.state_dict()))
     if header.notes.get("format") == QUANTIZED_FORMAT:
         _check_structure(header, network.module)
@@ -283,6 +308,36 @@ def _check_can_be(path: Path, given: Mapping[str, Any], expected: Mapping[str, t
     if expected is not None:
         state = unwrapped(float_tensors(given), expected)
         _check_shapes(path, {key: tuple(getattr(one, "shape", one)) for key, one in state.items()}, expected)
+
+
+def _check_can_be_smaller(path: Path, given: Mapping[str, Shape], expected: Mapping[str, Shape] | None) -> None:
+    """Raise ValueError unless tensors can be those of a network of fewer channels, before that is made with all of them.
+
+    Args:
+        path: Their file, for messages.
+        given: The shapes of the file's tensors.
+        expected: The shapes with all channels; None if they aren't known.
+    """
+    if expected is None:
+        return
+    shapes = float_tensors(given)
+    if wrong := sorted(set(shapes) ^ set(expected)):
+        raise ValueError(
+            f"{path} is a checkpoint of another network: {printable(wrong[0][:100])} is in one of the two only; so are "
+            f"{len(wrong)} in all"
+        )
+    _check_share(path, shapes, expected)
+
+
+def _check_share(path: Path, shapes: Mapping[str, Shape], expected: Mapping[str, Shape] | None) -> None:
+    """Raise ValueError unless tensors hold a fair share of what the whole network does, which is made to read them."""
+    if expected is None:
+        return
+    held, whole = (sum(math.prod(shape) for shape in those.values()) for those in (shapes, expected))
+    if whole > MOST_PRUNED * held + MOST_WHOLE:
+        raise ValueError(
+            f"{path} names a network of {whole:,} values, and holds {held:,}: that isn't what fewer channels leave"
+        )
 
 
 def unwrapped(state: dict[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
@@ -472,6 +527,40 @@ def _with_residuals(header: Header, module: nn.Module) -> nn.Module:
     return Q.insert_residual_quantizers(module, places=places)
 
 
+def _with_channels(header: Header, module: nn.Module) -> nn.Module:
+    """Return a float network with the channels that the network of a file keeps.
+
+    Args:
+        header: Of the file.
+        module: The network.
+
+    Returns:
+        A smaller copy; the network itself where the file is of one with all channels.
+
+    Raises:
+        ValueError: For channels that can't be kept, and for tensors of sizes that don't go with them.
+    """
+    if CHANNELS not in header.notes:
+        return module
+    try:
+        for name in (CHANNELS, SIZES):
+            _check_length(header, name, MOST_NOTE)
+        return shrunk(module, float_tensors(header.shapes), read_channels(header.notes))
+    except _WRONG as error:
+        raise ValueError(f"{header.path} isn't of this network with fewer channels: {_short(error)}") from error
+
+
+def _with_groups(header: Header, module: nn.Module) -> nn.Module:
+    """Return a float network whose convolutions run in the groups that those of a file learned; itself where none did."""
+    if GROUPINGS not in header.notes:
+        return module
+    try:
+        _check_length(header, GROUPINGS, MOST_NOTE)
+        return regrouped(module, read_groupings(header.notes[GROUPINGS]))
+    except _WRONG as error:
+        raise ValueError(f"{header.path} isn't of this network with groups: {_short(error)}") from error
+
+
 def _import_trusted_schemes(path: Path, records: object) -> None:
     """Make the schemes known that records name as `module:Name`, as far as whoever runs this has named them too."""
     if not isinstance(records, Mapping):
@@ -507,7 +596,12 @@ def _named_network(header: Header) -> Network:
         expected = shapes_of(name, classes)
     except ValueError as error:
         raise ValueError(f"{header.path} names a network that can't be built: {error}") from error
-    _check_can_be(header.path, header.shapes, expected)
+    if GROUPINGS in header.notes:
+        _check_share(header.path, float_tensors(header.shapes), expected)
+    elif CHANNELS in header.notes:
+        _check_can_be_smaller(header.path, header.shapes, expected)
+    else:
+        _check_can_be(header.path, header.shapes, expected)
     network = build_as_file_says(header.path, name, classes)
     return replace(network, input_shape=shape, mean=mean, std=std)
 

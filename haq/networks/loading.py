@@ -21,8 +21,11 @@ from haq.networks.checkpoint import (
     load_checkpoint,
     load_state,
     read_state,
+    restore,
 )
+from haq.networks.grouped import GROUPINGS
 from haq.networks.network import Network, output_count
+from haq.networks.pruned import CHANNELS
 from quantizers.calling import leaves
 from quantizers.copying import evaluating
 
@@ -85,6 +88,8 @@ def _with_weights(base: str, path: Path, classes: int | None) -> Network:
     if not classes:
         classes = _classes_of(path, float_tensors(tensors), notes)
     state = float_tensors(tensors)
+    if CHANNELS in notes or GROUPINGS in notes:
+        return replace(restore(build(base, classes, pretrained=False), path), name=f"{base}@{path}")
     check_can_be_of(path, state, base, classes)
     network = build(base, classes, pretrained=False)
     load_state(network.module, state, path)

@@ -1,8 +1,9 @@
 """What a policy that keeps a part of the channels is worth: of the really smaller network, made for every such policy.
 
-Channels are removed, the statistics of norms are taken anew in one pass over the calibration inputs, and the layers are
-quantized at just the policy's bits, with the scheme, the rounding and the correction of all other policies. What comes out
-depends on the policy alone.
+Channels are removed, the statistics of norms are taken anew in one pass over calibration inputs, and the layers are quantized
+at just the policy's bits, with the scheme, the rounding and the correction of all other policies. What comes out depends on
+the policy alone. An evaluation shall take about as long as one of the network as it is, which has been calibrated before: so a
+part of the calibration inputs, evenly spread, is all that is looked at (`REFRESHED`, `CALIBRATED`).
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq.problem.evaluator import Evaluator, one_thread
-from haq.problem.samples import BATCH, Samples, pieces
+from haq.problem.samples import BATCH, Samples, pieces, samples_in
 from haq.problem.snapshot import Snapshot
-from quantizers.batches import prepared
-from quantizers.calling import Forward, leaves
+from quantizers.batches import called, copied, prepared
+from quantizers.calling import Forward, leaves, map_tensors
 from quantizers.correction import distance
+from quantizers.kept import RECORD
 from quantizers.norms import is_frozen, running_norms, take_statistics
+from quantizers.pruning.channels import ChannelGroups
 from quantizers.pruning.criterion import Criterion, Ranking
-from quantizers.pruning.groups import ChannelGroups
 from quantizers.residuals import residual_quantizers
 
 KEPT_FLOAT = 4  # float networks with fewer channels that are kept, those asked for last
 KEPT_QUANTIZED = 2  # the same of quantized ones that know all widths
-COMPARED = 64  # calibration samples on which new statistics of norms are held against the old ones
+REFRESHED = 256  # calibration samples by which statistics of norms are taken, about
+CALIBRATED = 128  # the same of scales and corrections; where weights are rounded by what layers read, all samples are taken
+COMPARED = 64  # on how many of these new statistics are held against the old ones
 
 Keep = frozenset[tuple[str, float]]
 
@@ -87,13 +91,15 @@ class ChannelEvaluator(Evaluator):
             given: What else an `Evaluator` takes.
         """
         self.recipe = recipe
-        self._batches: list[Any] = []
+        self._thinned: dict[int, list[Any]] = {}
         self._forget()
         super().__init__(network, inputs, **given)
 
     def _forget(self) -> None:
-        """Forget all that was made of the network."""
+        """Forget all that was made of the network and the calibration inputs."""
+        self._thinned.clear()
         self._source: nn.Module | None = None
+        self._outputs: nn.Module | None = None
         self._ranking: Ranking | None = None
         self._chosen: dict[tuple[str, int], tuple[int, ...]] = {}
         self._pruned: OrderedDict[Keep, nn.Module] = OrderedDict()
@@ -113,7 +119,13 @@ class ChannelEvaluator(Evaluator):
     def __getstate__(self) -> dict[str, Any]:
         """Give all that it takes to evaluate policies elsewhere; which channels a criterion keeps is known already."""
         empty: OrderedDict[Keep, nn.Module] = OrderedDict()
-        return super().__getstate__() | {"_source": None, "_pruned": empty, "_quantized": empty.copy(), "_batches": []}
+        return super().__getstate__() | {
+            "_source": None,
+            "_outputs": None,
+            "_pruned": empty,
+            "_quantized": empty.copy(),
+            "_thinned": {},
+        }
 
     @property
     def ranking(self) -> Ranking:
@@ -141,6 +153,8 @@ class ChannelEvaluator(Evaluator):
             made = Q.float_copy(self.network, keep_residuals=True)
             for quantizer in residual_quantizers(made).values():
                 quantizer.calibrated = False
+            # Shares are of the channels that the problem's network has, whatever was removed before.
+            made.__dict__.pop(RECORD, None)
             self._source = made.eval()
         return self._source
 
@@ -195,23 +209,34 @@ class ChannelEvaluator(Evaluator):
         if not norms:
             return
         forward = self.recipe.forward
-        batches = self._calibration()
+        batches = self._calibration(REFRESHED)
         some = [next(pieces(batches[0], COMPARED))[0]]
         saved = [[buffer.clone() for buffer in norm.buffers(recurse=False)] for norm in norms]
-        before = distance(made, self._float(), some, forward)
-        take_statistics(made, norms, (_copied(batch) for batch in batches), forward)
-        if distance(made, self._float(), some, forward) > before:
+        whole = self._float()
+        if forward is None:
+            if self._outputs is None:
+                self._outputs = _Outputs(called(whole, copied(some[0])))
+            whole = self._outputs
+        before = distance(made, whole, some, forward)
+        take_statistics(made, norms, map(copied, batches), forward)
+        if distance(made, whole, some, forward) > before:
             for norm, tensors in zip(norms, saved, strict=True):
                 for buffer, tensor in zip(norm.buffers(recurse=False), tensors, strict=True):
                     buffer.copy_(tensor)
 
-    def _calibration(self) -> list[Any]:
-        """Return the calibration inputs in batches whose activations stay in the processor's cache."""
-        if not self._batches:
-            forward = self.recipe.forward
-            for batch in self.recipe.calibration:
-                self._batches += [part for part, _ in pieces(prepared(batch, self.network, forward), BATCH)]
-        return self._batches
+    def _calibration(self, most: int) -> list[Any]:
+        """Return every so manyth calibration input, about so many, in batches whose activations stay in the cache."""
+        if most not in self._thinned:
+            batches = self.recipe.calibration
+            step = max(1, sum(map(samples_in, batches)) // most)
+            made: list[Any] = []
+            for batch in batches:
+                taken = prepared(_every(batch, step), self.network, self.recipe.forward)
+                # Parts of one size: a small one at the end would have other statistics.
+                count = -(-samples_in(taken) // BATCH)
+                made += [part for part, _ in pieces(taken, -(-samples_in(taken) // count))]
+            self._thinned[most] = made
+        return self._thinned[most]
 
     def quantized(self, policy: Q.BitPolicy) -> nn.Module:
         """Make the smaller network of a policy, quantized so that all widths are known; at the policy's it is what is judged.
@@ -243,9 +268,12 @@ class ChannelEvaluator(Evaluator):
 
     def _calibration_given(self) -> Any:
         """Return the calibration inputs as `quantizers.quantize` takes them."""
+        most = CALIBRATED
+        if any(rounding != "nearest" for rounding in self.recipe.roundings.values()):
+            most = sum(map(samples_in, self.recipe.calibration))
         if self.recipe.forward is not None:
-            return self._calibration()
-        return [(batch,) for batch in self._calibration()]
+            return self._calibration(most)
+        return [(batch,) for batch in self._calibration(most)]
 
     def prepared(self, policy: Q.BitPolicy) -> nn.Module:
         """Give the network that a policy is judged by; of one that keeps a part of some channels, one made for it."""
@@ -282,9 +310,32 @@ class ChannelEvaluator(Evaluator):
         self._ranking, self._chosen = other.ranking, dict(other._chosen)
 
 
-def _copied(batch: Any) -> Any:
-    """Copy a batch: a network may normalise what it is given in place."""
-    return copy.deepcopy(batch)
+class _Outputs(nn.Module):
+    """Stands for a network where its outputs on the one batch that is asked for are known."""
+
+    def __init__(self, outputs: Any) -> None:
+        super().__init__()
+        self._known = outputs
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Return the outputs."""
+        return self._known
+
+
+def _every(batch: Any, step: int) -> Any:
+    """Return every so manyth sample of a batch; of one that can't be divided so, as many at its beginning."""
+    count = samples_in(batch)
+    wanted = -(-count // step)
+
+    def taken(tensor: Tensor) -> Tensor:
+        if tensor.dim() and len(tensor) == count:
+            return tensor[::step]
+        return tensor
+
+    made = map_tensors(batch, taken)
+    if samples_in(made) == wanted:
+        return made
+    return next(pieces(batch, wanted))[0]
 
 
 @contextmanager

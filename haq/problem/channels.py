@@ -3,9 +3,9 @@
     problem = haq.Problem(network, calibrate, search, "edge", budget=0.2, prune="0.25:1", criterion="fpgm")
     problem.evaluate(problem.uniform(8).with_keep({"features.0": 0.5}))
 
-A policy says in `keep` which share of a group's channels is kept (`quantizers.BitPolicy`); groups that it doesn't name keep all
-of theirs. Such a policy costs what the really smaller layers cost, and is worth what the really smaller network is worth: its
-channels are removed, the statistics of its norms are taken anew, and it is quantized at just the policy's bits.
+A policy says in `keep` which share of a group's channels is kept (`quantizers.BitPolicy`); groups that it doesn't name keep
+all of theirs. Such a policy costs what the really smaller layers cost, and is worth what the really smaller network is worth:
+channels are removed, the statistics of norms are taken anew, and it is quantized at just the policy's bits.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from hw_models.target import is_measured
 from hw_models.widths import PLACES, places
 from quantizers.calling import inputs_of
 from quantizers.norms import running_norms
+from quantizers.pruning.channels import ChannelGroup, ChannelGroups
 from quantizers.pruning.criterion import Criterion, Ranking
-from quantizers.pruning.groups import ChannelGroup, ChannelGroups
 
 Shares = Mapping[str, float]  # what is kept, by the name of a group of channels; groups that aren't named keep all
 Numbers = NDArray[np.int64]  # (..., channel decisions): the number of an option for each of them
@@ -128,8 +128,8 @@ class ChannelProblem(Problem):
         network, forward = self.network, self.forward
         if self.criterion.needs_loss and not self.objective.takes_scores:
             raise ValueError(
-                f"criterion {self.criterion.name!r} needs a loss, which objective {self.objective.name!r} doesn't have without "
-                "targets: choose another criterion, such as l1 or fpgm"
+                f"criterion {self.criterion.name!r} needs a loss, which objective {self.objective.name!r} doesn't have "
+                "without targets: choose another criterion, such as l1 or fpgm"
             )
         if running_norms(network) and sum(map(samples_in, self.calibration)) < 2:
             raise ValueError(
@@ -139,7 +139,9 @@ class ChannelProblem(Problem):
         if forward is None:
             given = inputs_of(example, network)
         self.channel_groups = Q.channel_groups(network, given, forward=forward)
-        pinned = set(self._pins_asked or Q.ends(self.workload.names))
+        pinned = self._pins_asked
+        if pinned is None:
+            pinned = Q.ends(self.workload.names)
         self.not_pruned = dict(self.channel_groups.fixed)
         found, options = [], []
         for group in self.channel_groups.groups:
@@ -313,9 +315,9 @@ class ChannelProblem(Problem):
         made = self._view(counts, mask)
         made.keep = dict(self.keep_of(self.numbers_of(keep)))
         made.channel_decisions = ()
+        made.workload = self._shapes.workload_of(counts)
+        made.table = dataclasses.replace(made.table, workload=made.workload)
         if self.peak is not None:
-            made.workload = self._shapes.workload_of(counts)
-            made.table = dataclasses.replace(made.table, workload=made.workload)
             made.peak = PeakLimit(made.workload, self.table.batch, self.peak.amount)
         return made
 
@@ -570,7 +572,7 @@ class ChannelProblem(Problem):
         super().check_policy(policy)
         keep = _keep_of(policy)
         self.numbers_of(keep)
-        if self.keep and keep != self.keep:
+        if not self.channel_decisions and keep != self.keep:
             raise NotAllowed("the channels are chosen already, and the policy keeps others: `at` tells which")
 
     def means_something(self, policy: Bits) -> bool:

@@ -215,7 +215,8 @@ class JointCosts:
 
     def prices(self, numbers: Options) -> Floats:
         """Return what pairs cost for given channels, shape (limits, policies, decisions, options)."""
-        return self._prices[:, self.rows(numbers)]
+        rows = self.rows(numbers)  # first: it may make `_prices` larger
+        return self._prices[:, rows]
 
     def totals(self, options: Options) -> Floats:
         """Return what policies cost by every limit that is a sum, shape (policies, limits)."""

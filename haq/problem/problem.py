@@ -318,9 +318,7 @@ class Problem:
         self, qnetwork: nn.Module, samples: Samples | None, tune: Callable[[nn.Module], nn.Module] | None
     ) -> Evaluator:
         """Make what judges policies of a quantized network on samples."""
-        return Evaluator(
-            qnetwork, samples, teacher=self.network, tune=tune, objective=self.objective, forward=self.forward
-        )
+        return Evaluator(qnetwork, samples, teacher=self.network, tune=tune, objective=self.objective, forward=self.forward)
 
     @staticmethod
     def tabular(

@@ -37,8 +37,8 @@ from haq.reporting.drawing import (
 )
 from haq.reporting.heights import NOT_TO_SCALE, height_of, ticks_of, top_of
 from haq.reporting.reading import RunFolder
-from haq.store.history import HistoryRow
-from haq.store.records import LayerRecord, ProblemRecord
+from haq.store.history import HistoryRow, share_words
+from haq.store.records import ChannelsRecord, LayerChannels, LayerRecord, ProblemRecord
 from haq.store.units import NOTHING, begin, best_unit, metric_words, percent
 from hw_models.registry import join_words
 from hw_models.storage import BITS
@@ -57,7 +57,8 @@ class _Cost(NamedTuple):
     weight_bits: int
     activation_bits: int
     before: float
-    after: float
+    after: float | None  # None where channels are pruned and what the smaller layers cost isn't told yet
+    channels: LayerChannels | None  # what is left of it; None where all is
 
     @property
     def words(self) -> str:
@@ -66,13 +67,23 @@ class _Cost(NamedTuple):
 
 
 def bits(run: RunFolder) -> Picture:
-    """Draw weight bits up and activation bits down, over each layer's share of the cost, as in HAQ's paper."""
+    """Draw weight bits up and activation bits down, over each layer's share of the cost, as in HAQ's paper.
+
+    Where channels are searched too, the share of its output channels that every layer keeps stands between them.
+    """
     problem = run.problem
     assert run.policy is not None
     costs = []
-    for layer, (weight_bits, activation_bits), reference in zip(problem.layers, run.policy, problem.before, strict=True):
-        before, after = layer.cost_at(*reference), layer.cost_at(weight_bits, activation_bits)
-        costs.append(_Cost(layer, weight_bits, activation_bits, before or 0.0, after or 0.0))
+    for place, (layer, (weight_bits, activation_bits)) in enumerate(zip(problem.layers, run.policy, strict=True)):
+        left = None
+        after = layer.cost_at(weight_bits, activation_bits) or 0.0
+        if run.channels is not None:
+            left = run.channels.layers[place]
+            after = left.cost or 0.0
+        elif run.keep:
+            after = None
+        before = layer.cost_at(*problem.before[place]) or 0.0
+        costs.append(_Cost(layer, weight_bits, activation_bits, before, after, left))
     when = (f"before, {problem.before_words}", AFTER)
     bars: list[Row] = []
     shares: list[Row] = []
@@ -84,20 +95,30 @@ def bits(run: RunFolder) -> Picture:
         for operand, width, sign in (("weights", cost.weight_bits, 1), ("activations", cost.activation_bits, -1)):
             bars.append({**bar, "operand": operand, "bits": _bar_label(width), "height": sign * height_of(width)})
         for time, value, at in ((when[0], cost.before, problem.before_words), (AFTER, cost.after, cost.words)):
+            if value is None:
+                continue
             share = rounded(100 * value / problem.uniform8)
             amounts = {"cost": amount(value, problem.metric), "share": share}
             shares.append({"layer": cost.layer.name, "when": time, "bits": at, **amounts})
     metric = metric_words(problem.metric)
     widths = [width for cost in costs for width in (cost.weight_bits, cost.activation_bits)]
+    title = "Bits per layer, and what each layer costs"
+    specs = [_bars(bars, len(costs), widths), _shares(shares, problem, when)]
+    kept = []
+    if run.channels is not None:
+        title = "Channels and bits per layer, and what each layer costs"
+        specs.insert(1, _kept(run.channels))
+        kept = ["output channels kept"]
     return Picture(
-        "Bits per layer, and what each layer costs",
+        title,
         _bits_say(run, costs),
-        [_bars(bars, len(costs), widths), _shares(shares, problem, when)],
+        specs,
         [
             "layer",
             "kind",
             "MACs",
             "parameters",
+            *kept,
             "weight bits",
             "activation bits",
             f"{metric} {_at(problem)}",
@@ -105,7 +126,7 @@ def bits(run: RunFolder) -> Picture:
             f"share {_at(problem)}",
         ],
         [_bits_row(cost, problem) for cost in costs],
-        _bits_note(problem, widths),
+        _bits_note(problem, widths) + _channels_note(run),
         columns=len(costs),
     )
 
@@ -130,16 +151,34 @@ def _bits_say(run: RunFolder, costs: list[_Cost]) -> str:
     weights = [cost.weight_bits for cost in costs]
     activations = [cost.activation_bits for cost in costs]
     least_w, most_w, least_a, most_a = map(width_words, (min(weights), max(weights), min(activations), max(activations)))
-    used = amount(sum(cost.after for cost in costs), metric)
+    says = (
+        f"{len(costs)} layers; weights have {least_w} to {most_w} bits, {statistics.mean(weights):.1f} on average, "
+        f"activations {least_a} to {most_a}, {statistics.mean(activations):.1f} on average."
+    )
+    if run.channels is not None:
+        says += f" {begin(run.channels.words)}."
+    afterwards = [cost.after for cost in costs if cost.after is not None]
+    if len(afterwards) < len(costs):
+        return says
+    used = amount(sum(afterwards), metric)
     uniform8 = amount(problem.uniform8, metric)
     most = max(costs, key=lambda cost: cost.before)
-    before, after = amount(most.before, metric), amount(most.after, metric)
+    before, after = amount(most.before, metric), amount(most.after or 0.0, metric)
     return (
-        f"{len(costs)} layers; weights have {least_w} to {most_w} bits, {statistics.mean(weights):.1f} on average, "
-        f"activations {least_a} to {most_a}, {statistics.mean(activations):.1f} on average. Together they "
+        f"{says} Together they "
         f"take {used} of {metric_words(metric)} instead of {uniform8} {problem.at_before} ({problem.cost_kind}). The layer "
         f"that costs most {_at(problem)}, {most.layer.name}, goes from {before} to {after} at {most.words} bits."
     )
+
+
+def _channels_note(run: RunFolder) -> str:
+    """Say how channels are shown, or which are kept of a run that isn't finished; nothing where none are searched."""
+    if run.channels is not None:
+        return " Channels: the output channels of a layer that are kept, of all; costs after are of the smaller layers."
+    if not run.keep:
+        return ""
+    kept = ", ".join(f"{name} {share:.4g}" for name, share in run.keep.items())
+    return f" Of its channels it keeps a part, so that layers cost less than at these bits alone: {kept}."
 
 
 def _bits_note(problem: ProblemRecord, widths: list[int]) -> str:
@@ -170,15 +209,24 @@ def _bits_row(cost: _Cost, problem: ProblemRecord) -> list[str]:
     star = ""
     if cost.layer.fixed:
         star = "*"
+    macs, parameters = f"{cost.layer.macs:,}", f"{cost.layer.parameters:,}"
+    kept = []
+    if cost.channels is not None:
+        macs, parameters = f"{cost.channels.macs:,}", f"{cost.channels.parameters:,}"
+        kept = [cost.channels.outputs_words]
+    after = NOTHING
+    if cost.after is not None:
+        after = amount(cost.after, problem.metric)
     return [
         cost.layer.name,
         cost.layer.kind,
-        f"{cost.layer.macs:,}",
-        f"{cost.layer.parameters:,}",
+        macs,
+        parameters,
+        *kept,
         f"{width_words(cost.weight_bits)}{star}",
         f"{width_words(cost.activation_bits)}{star}",
         amount(cost.before, problem.metric),
-        amount(cost.after, problem.metric),
+        after,
         percent(cost.before / problem.uniform8, 1),
     ]
 
@@ -225,6 +273,42 @@ def _bars(rows: list[Row], layers: int, widths: list[int]) -> dict[str, Any]:
     ]
     zero = plot([{"zero": 0}]).mark_rule(color="var(--muted)").encode(y="zero:Q")
     return finished(alt.layer(bars, *texts, zero), 240)
+
+
+def _kept(channels: ChannelsRecord) -> dict[str, Any]:
+    """Draw the share of its output channels that every layer keeps, with their number.
+
+    Args:
+        channels: What is kept.
+
+    Returns:
+        What Vega-Lite draws.
+    """
+    rows: list[Row] = [
+        {
+            "layer": layer.name,
+            "kept": layer.outputs_words,
+            "share": rounded(100 * layer.outputs / max(layer.of_outputs, 1)),
+            "of": 100,
+        }
+        for layer in channels.layers
+    ]
+    base = plot(rows).encode(x=alt.X("layer:N", sort=None, title=None, axis=alt.Axis(labels=False, ticks=False)))
+    scale = alt.Scale(domain=[0, 120], nice=False)
+    axis = alt.Axis(values=[0, 50, 100], **_AXIS)
+    tooltip = ["layer:N", alt.Tooltip("kept:N", title="output channels kept")]
+    whole = base.mark_bar(color="var(--before)").encode(y=alt.Y("of:Q", title="channels kept, %", scale=scale, axis=axis))
+    bars = base.mark_bar(color="var(--after)").encode(y=alt.Y("share:Q", scale=scale, axis=axis), tooltip=tooltip)
+    size = 11
+    if len(rows) > LABELLED:
+        size = 8
+    number = alt.Text("number:N")
+    texts = (
+        base.transform_calculate(number="split(datum.kept, '/')[0]")
+        .mark_text(dy=-7, fontSize=size, color="var(--ink)")
+        .encode(y=alt.Y("share:Q", scale=scale, axis=axis), text=number)
+    )
+    return finished(alt.layer(whole, bars, texts), 130)
 
 
 def _label_of(marks: dict[int, str]) -> str:
@@ -299,6 +383,8 @@ def tried(run: RunFolder) -> Picture:
         if one.whole and (one.cost, one.accuracy) in best_points:
             on_front = "yes"
         widths = [" ".join(map(width_words, bits)) for bits in (one.weight_bits, one.activation_bits)]
+        if problem.pruning is not None:
+            widths.append(" ".join(map(share_words, one.keep)))
         costs = [_amount(axis.cost(one), axis.metric) for axis in axes]
         cells.append(
             [
@@ -319,11 +405,24 @@ def tried(run: RunFolder) -> Picture:
     if problem.goal is not None or len(axes) > 1:
         verdict = "verdict"
     names = [metric_words(axis.metric) for axis in axes]
+    kept = []
+    if problem.pruning is not None:
+        kept = ["shares of channels kept"]
     return Picture(
         f"{begin(objective)} against {join_words(names)}: every policy tried",
         _tried_says(run),
         specs,
-        ["solver", "evaluation", objective, *names, verdict, "Pareto front", "weight bits", "activation bits"],
+        [
+            "solver",
+            "evaluation",
+            objective,
+            *names,
+            verdict,
+            "Pareto front",
+            "weight bits",
+            "activation bits",
+            *kept,
+        ],
         cells,
         _tried_note(problem, bool(uniform), beyond, edge) + _dear_words(problem, dear),
     )

@@ -12,6 +12,7 @@ from haq.reporting.heights import height_of, ticks_of, top_of
 from haq.store import files
 from haq.store.records import (
     UNIFORM_8,
+    ChannelsRecord,
     FinishedSweepRecord,
     JudgedRecord,
     Measurement,
@@ -30,16 +31,19 @@ if TYPE_CHECKING:
 DPI = 130
 COLORS = ("#3b6fb6", "#d9822b", "#4c9a5b", "#a3489b", "#b64040", "#7a6a2f", "#2f7a78", "#5a5ad0")
 WEIGHTS, ACTIVATIONS = COLORS[0], COLORS[1]
-BEFORE, AFTER = "#cccccc", COLORS[2]
+BEFORE, AFTER, KEPT = "#cccccc", COLORS[2], COLORS[3]
 MANY = 40  # layers from which on their names are written small
 
 
-def draw_policy(problem: ProblemRecord, policy: PolicyRecord) -> Figure:
+def draw_policy(problem: ProblemRecord, policy: PolicyRecord, channels: ChannelsRecord | None = None) -> Figure:
     """Draw bits per layer, weights up and activations down, over each layer's share of the cost.
+
+    Where channels are searched too, the share of its output channels that every layer keeps stands between them.
 
     Args:
         problem: What every layer costs at every pair of widths.
         policy: Widths for all its layers.
+        channels: What the policy keeps of the layers' channels, and what the smaller layers cost; None where there are all.
 
     Returns:
         A figure; a notebook shows it, `save` writes it.
@@ -47,8 +51,15 @@ def draw_policy(problem: ProblemRecord, policy: PolicyRecord) -> Figure:
     Raises:
         ValueError: If the policy is of other layers, or has widths that the target can't do.
     """
-    figure = _figure(max(7.0, 0.42 * len(problem.layers) + 2), 6.2)
-    bits, share = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    width = max(7.0, 0.42 * len(problem.layers) + 2)
+    if channels is None:
+        figure = _figure(width, 6.2)
+        bits, share = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+        panels = [bits, share]
+    else:
+        figure = _figure(width, 7.6)
+        panels = list(figure.subplots(3, 1, sharex=True, height_ratios=[2, 0.9, 1]))
+        bits, _, share = panels
     widths = _widths(problem, policy)
     x = range(len(widths))
     number_size, name_size = 9, 8
@@ -69,19 +80,63 @@ def draw_policy(problem: ProblemRecord, policy: PolicyRecord) -> Figure:
     bits.legend(loc="upper center", ncols=2, fontsize=8, frameon=False, bbox_to_anchor=(0.5, 1.1))
     before = _costs(problem, problem.before)
     after = _costs(problem, widths)
+    if channels is not None:
+        after = _costs_of_smaller(problem, channels)
+        _draw_channels(panels[1], channels, number_size)
     bits.set_title(_title(problem, sum(after)), fontsize=10, pad=22)
     share.bar(x, [100 * cost / problem.uniform8 for cost in before], 0.8, color=BEFORE, label=_at_before(problem))
-    share.bar(x, [100 * cost / problem.uniform8 for cost in after], 0.8, color=AFTER, label="at these bits")
+    share.bar(x, [100 * cost / problem.uniform8 for cost in after], 0.8, color=AFTER, label=_with_these(channels))
     of_what = "8-bit network"
     if problem.reference != UNIFORM_8:
         of_what = "reference"
     share.set_ylabel(f"{metric_words(problem.metric)}, % of the\n{of_what} ({problem.cost_kind})", fontsize=9)
     share.legend(fontsize=8, frameon=False)
     share.set_xticks(x, [layer.name for layer in problem.layers], rotation=90, fontsize=name_size)
-    for axes in (bits, share):
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(-0.7, len(widths) - 0.3)
     return figure
+
+
+def _with_these(channels: ChannelsRecord | None) -> str:
+    """Say what the bright bars are of."""
+    if channels is None:
+        return "at these bits"
+    return "with these channels and bits"
+
+
+def _draw_channels(axes: Any, channels: ChannelsRecord, size: int) -> None:
+    """Draw the share of its output channels that every layer keeps, over all of them, with the number that is kept.
+
+    Args:
+        axes: Where.
+        channels: What is kept.
+        size: Of the numbers.
+    """
+    layers = channels.layers
+    x = range(len(layers))
+    shares = [100 * layer.outputs / layer.of_outputs for layer in layers]
+    axes.bar(x, [100] * len(layers), 0.8, color=BEFORE, label="all")
+    axes.bar(x, shares, 0.8, color=KEPT, label="kept")
+    for place, layer in enumerate(layers):
+        axes.text(place, shares[place] + 3, str(layer.outputs), ha="center", va="bottom", fontsize=size)
+    axes.set_ylim(0, 125)
+    axes.set_yticks([0, 50, 100])
+    axes.set_ylabel("output channels\nkept, %", fontsize=9)
+    axes.set_title(
+        f"{channels.short} channels kept, {channels.macs / 1e6:.3g} of {channels.of_macs / 1e6:.3g} M MACs", fontsize=8
+    )
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1.0, 1.25))
+
+
+def _costs_of_smaller(problem: ProblemRecord, channels: ChannelsRecord) -> list[float]:
+    """Return what the smaller layers cost. Raises ValueError, naming the layer, if one has no cost or isn't the problem's."""
+    found = []
+    for layer, left in zip(problem.layers, channels.layers, strict=True):
+        if layer.name != left.name or left.cost is None:
+            raise ValueError(f"what is left of layer {left.name!r} has no cost, or is of another problem")
+        found.append(left.cost)
+    return found
 
 
 def _at_before(problem: ProblemRecord) -> str:

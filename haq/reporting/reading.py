@@ -7,7 +7,8 @@ ValueError of one sentence with its name and the first fault.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from haq.store import history
 from haq.store.files import ATTACKED, CONFIG, HISTORY, POLICY, PROBLEM, RESULT, ROBUSTNESS, SENSITIVITIES, SWEEP
 from haq.store.history import HistoryRow
 from haq.store.records import (
+    ChannelsRecord,
     ConfigRecord,
     FinishedSweepRecord,
     PolicyRecord,
@@ -37,6 +39,7 @@ class RunFolder:
         problem: What is searched.
         history: Every evaluation.
         policy: The best so far, (weight bits, activation bits) of each layer; float is 32.
+        keep: The share of channels that it keeps, by group; groups that keep all aren't named.
         result: What was found, once it is finished.
         robustness: What attacks found, if there were any.
     """
@@ -48,6 +51,14 @@ class RunFolder:
     policy: list[tuple[int, int]] | None
     result: ResultRecord | None
     robustness: RobustnessRecord | None
+    keep: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def channels(self) -> ChannelsRecord | None:
+        """Return what is left of every layer; None where all channels are kept, and until the search has come to its end."""
+        if self.result is None:
+            return None
+        return self.result.channels
 
     @property
     def finished(self) -> bool:
@@ -66,7 +77,11 @@ class RunFolder:
         mine = [row for row in self.history if row.within_budget and row.whole and row.solver in may_be_returned]
         if self.policy is not None:
             weight_bits, activation_bits = zip(*self.policy, strict=True)
-            of_policy = [row for row in mine if (row.weight_bits, row.activation_bits) == (weight_bits, activation_bits)]
+            kept: tuple[float, ...] = ()
+            if self.problem.pruning is not None:
+                kept = self.problem.pruning.kept(self.keep)
+            wanted = (weight_bits, activation_bits, kept)
+            of_policy = [row for row in mine if (row.weight_bits, row.activation_bits, row.keep) == wanted]
             mine = of_policy or mine
         return min(mine, key=lambda row: self.problem.rank(row.accuracy, row.loss, row.cost), default=None)
 
@@ -116,35 +131,63 @@ def _read_run(folder: Path) -> RunFolder:
     rows: list[HistoryRow] = []
     if os.path.lexists(folder / HISTORY):
         others = [limit.metric for limit in problem.further]
-        rows = history.read(folder / HISTORY, len(problem.layers), history.Limits.of(problem), others)
+        limits = history.Limits.of(problem)
+        rows = history.read(folder / HISTORY, len(problem.layers), limits, others, problem.group_count)
     policy, result, robustness = None, None, None
+    keep: dict[str, float] = {}
     if os.path.lexists(folder / POLICY):
-        policy = _read_policy(folder / POLICY, problem)
+        policy, keep = _read_policy(folder / POLICY, problem)
     if os.path.lexists(folder / RESULT):
         result = ResultRecord.read(folder / RESULT)
-        _check_found(folder, result, policy, problem)
+        _check_found(folder, result, policy, keep, problem)
     if os.path.lexists(folder / ROBUSTNESS / ATTACKED):
         robustness = RobustnessRecord.read(folder / ROBUSTNESS / ATTACKED)
-    return RunFolder(folder, config, problem, rows, policy, result, robustness)
+    _check_channels(folder, result, problem)
+    return RunFolder(folder, config, problem, rows, policy, result, robustness, keep)
 
 
-def _check_found(folder: Path, result: ResultRecord, policy: list[tuple[int, int]] | None, problem: ProblemRecord) -> None:
+def _check_found(
+    folder: Path,
+    result: ResultRecord,
+    policy: list[tuple[int, int]] | None,
+    keep: Mapping[str, float],
+    problem: ProblemRecord,
+) -> None:
     """Raise ValueError if policy.json has become another policy than the one that was measured in the end."""
     if result.policy is None or policy is None:
         return
     found = result.policy.widths()
+    differing = [f"group {name[:60]!r} keeps other channels" for name in _differing(result.policy.kept, keep)]
     for layer, widths in zip(problem.layers, policy, strict=True):
         if tuple(map(width_of, found.get(layer.name, ()))) != widths:
-            again = command_line("python", "-m", "haq.finetune", folder)
-            raise ValueError(
-                f"{folder / POLICY} is not the policy that {folder / RESULT} was measured of (layer {layer.name[:60]!r} has "
-                f"other bits): put {POLICY} back as it was, or use {again}, which measures it"
-            )
+            differing.insert(0, f"layer {layer.name[:60]!r} has other bits")
+            break
+    if differing:
+        again = command_line("python", "-m", "haq.finetune", folder)
+        raise ValueError(
+            f"{folder / POLICY} is not the policy that {folder / RESULT} was measured of ({differing[0]}): put {POLICY} back "
+            f"as it was, or use {again}, which measures it"
+        )
 
 
-def _read_policy(path: Path, problem: ProblemRecord) -> list[tuple[int, int]]:
-    layers = PolicyRecord.read(path).layers
+def _differing(one: Mapping[str, float], other: Mapping[str, float]) -> list[str]:
+    """List the groups of which two policies keep different shares."""
+    return [name for name in dict.fromkeys((*one, *other)) if one.get(name) != other.get(name)]
+
+
+def _check_channels(folder: Path, result: ResultRecord | None, problem: ProblemRecord) -> None:
+    """Raise ValueError if what is left of layers is told of others than are searched."""
+    if result is None or result.channels is None:
+        return
+    if [layer.name for layer in result.channels.layers] != [layer.name for layer in problem.layers]:
+        raise ValueError(f"{folder / RESULT} has 'channels' of other layers than {folder / PROBLEM}")
+
+
+def _read_policy(path: Path, problem: ProblemRecord) -> tuple[list[tuple[int, int]], dict[str, float]]:
+    record = PolicyRecord.read(path)
+    layers = record.layers
     if [layer.name for layer in layers] != [layer.name for layer in problem.layers]:
         raise ValueError(f"{path} is not a policy for the layers of {path.with_name(PROBLEM)}")
     problem.check_policy({layer.name: (layer.weight_bits, layer.activation_bits) for layer in layers}, path)
-    return [(width_of(layer.weight_bits), width_of(layer.activation_bits)) for layer in layers]
+    problem.check_keep(record.kept, path)
+    return [(width_of(layer.weight_bits), width_of(layer.activation_bits)) for layer in layers], record.kept

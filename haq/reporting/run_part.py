@@ -12,6 +12,7 @@ from haq.store.records import (
     ROBUST,
     UNIFORM_8,
     BudgetRecord,
+    ChannelsRecord,
     JudgingRecord,
     Measurement,
     ProblemRecord,
@@ -46,7 +47,10 @@ def of_run(run: RunFolder, name: str, anchor: str) -> Part:
     if run.result is not None:
         sections.append(Section("Result", tables=[_results(run, run.result)]))
     if run.policy is not None:
-        sections.append(Section("Bits per layer", pictures=[charts.bits(run)]))
+        title = "Bits per layer"
+        if run.problem.pruning is not None:
+            title = "Channels and bits per layer"
+        sections.append(Section(title, pictures=[charts.bits(run)]))
     if run.history:
         sections.append(Section("Search", pictures=[charts.tried(run), charts.convergence(run)]))
     if run.robustness is not None:
@@ -88,6 +92,8 @@ def _verdict(run: RunFolder, result: ResultRecord) -> str:
         sentences.append(f"The budget of {amount(budget.limit, budget.metric)}{of_what} {verdict}.")
     if result.residuals is not None:
         sentences.append(f"Additions and average pools take {result.residuals} bits, in all that was evaluated.")
+    if result.channels is not None:
+        sentences.append(f"Channels are searched too: {result.channels.words}.")
     sentences += _goal_sentences(result)
     if result.shared is not None:
         sentences.append(f"By {result.shared.words}.")
@@ -167,6 +173,8 @@ def _facts(run: RunFolder, result: ResultRecord) -> list[Fact]:
         if result.finetuned_scheme:
             label = f"Fine-tuned with {result.finetuned_scheme}"
         facts.append(judged(label, result.finetuned))
+    if result.channels is not None:
+        facts.append(_of_channels(result.channels))
     facts += [_used(run, budget) for budget in result.all_budgets]
     budget = result.budget
     whole = f"{amount(run.problem.uniform8, budget.metric)}; {run.problem.cost_kind}"
@@ -190,6 +198,15 @@ def _facts(run: RunFolder, result: ResultRecord) -> list[Fact]:
             verdict = "✗ not on test"
         facts.append(Fact("Goal", verdict, f"{result.goal.words}; {result.reached_words}"))
     return facts
+
+
+def _of_channels(channels: ChannelsRecord) -> Fact:
+    """Tell how many channels are kept, and what the smaller network takes."""
+    words = (
+        f"channels, chosen by {channels.criterion}; {channels.macs / 1e6:.4g} of {channels.of_macs / 1e6:.4g} M MACs, "
+        f"{channels.parameters:,} of {channels.of_parameters:,} parameters"
+    )
+    return Fact("Channels kept", channels.short, words)
 
 
 def _used(run: RunFolder, budget: BudgetRecord) -> Fact:
@@ -249,7 +266,7 @@ def _results(run: RunFolder, result: ResultRecord) -> Table:
         (f"found by {result.solver}", result.found, _count(result, result.solver)),
         (FINETUNED[result.finetuned_by], result.finetuned, ""),
     ]
-    measured += [(f"found by {name}", row, _count(result, name)) for name, row in result.rivals.items()]
+    measured += [(result.found_by(name), row, _count(result, name)) for name, row in result.rivals.items()]
     rows = []
     for label, row, evaluations in measured:
         if row is not None:
@@ -333,6 +350,9 @@ def _configuration(run: RunFolder) -> Section:
         *_budget_rows(problem),
         ["bits", bits],
     ]
+    if problem.pruning is not None:
+        rows.append(["channels", problem.pruning.words])
+        rows += [["fixed channels", f"{name}: {reason}"] for name, reason in problem.pruning.fixed.items()]
     if problem.goal is not None:
         rows.append(["goal", problem.goal.words])
     return configuration(rows, run.config.settings, run.config.versions, run.config.command)

@@ -2,7 +2,8 @@
 
 A row has the widths of each layer, such as 8-16-float, and the cost in the unit of the run's metric. Where further metrics are
 limited, what they cost stands behind, in columns of their names. Where evaluations may end early, a column `images` before
-these tells how many samples were looked at, and is empty for all of them.
+these tells how many samples were looked at, and is empty for all of them. Where channels are pruned, a column `keep` behind
+that has the share of channels that is kept of each group, such as 1-0.5-0.875, in the order of problem.json.
 
 A line that doesn't end was being written when the run was killed, and doesn't count. All others must be evaluations, those of
 each solver numbered 1, 2, 3 and so on.
@@ -15,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,12 +30,16 @@ if TYPE_CHECKING:
 SHARED = "shared"  # in place of a solver: what other searches of the same sweep evaluated, which the run may return too
 _WIDTH = rf"(?:[1-8]|16|{FLOAT_WORD})"
 _BITS = re.compile(rf"{_WIDTH}(?:-{_WIDTH})*")
+_SHARE = r"(?:1|0\.[0-9]{1,400})"  # as many digits as the smallest float has
+_KEEP = re.compile(rf"{_SHARE}(?:-{_SHARE})*")
 _SOLVER = re.compile(r"[A-Za-z0-9_.:+-]{1,80}")  # module:Name, too
 _EVALUATION = re.compile(r"[1-9][0-9]{0,8}")
 # A loss or a divergence of nothing may come out a rounding below 0.
 # Where a network's outputs weren't finite loss and divergence are infinite, and the accuracy is 0, or infinite where it is no
 # share; the cost is infinite where the hardware can't do a policy.
 _MAYBE_INFINITE = ("loss", "divergence", "cost")
+_WITH_KEEP = {True: "has a", False: "has no"}
+_PRUNED = {True: "channels are pruned here", False: "no channels are pruned here"}
 _MOST = sys.float_info.max
 _LIMITS = {"accuracy": (0.0, 1.0), "loss": (-1e-3, 1e30), "cost": (0.0, _MOST), "divergence": (-1e-3, 1e30)}
 
@@ -110,6 +116,7 @@ class HistoryRow(NamedTuple):
     divergence: float | None
     others: tuple[float, ...] = ()  # costs of the further metrics that are limited, in their units
     images: int | None = None  # samples that were looked at, if the evaluation was cut short
+    keep: tuple[float, ...] = ()  # the share of channels of each group; nothing where none are pruned
 
     @classmethod
     def parse(
@@ -119,6 +126,8 @@ class HistoryRow(NamedTuple):
         limits: Limits = SHARES,
         others: Sequence[str] = (),
         tells_images: bool = False,
+        tells_keep: bool = False,
+        groups: int | None = None,
     ) -> HistoryRow:
         """Read a line, without its end.
 
@@ -128,6 +137,8 @@ class HistoryRow(NamedTuple):
             limits: What its values can be.
             others: The further metrics that are limited.
             tells_images: Whether there is a column `images`.
+            tells_keep: Whether there is a column `keep`.
+            groups: How many groups of channels may be pruned; None if that isn't known.
 
         Returns:
             The row, which `line` writes again as it was.
@@ -136,7 +147,7 @@ class HistoryRow(NamedTuple):
             ValueError: Saying which column is wrong, and what it must be.
         """
         cells = line.split(",")
-        columns = _columns(others, tells_images)
+        columns = _columns(others, tells_images, tells_keep)
         if len(cells) != len(columns):
             raise ValueError(f"{len(cells)} columns, not {len(columns)}")
         text = dict(zip(columns, cells, strict=True))
@@ -157,6 +168,9 @@ class HistoryRow(NamedTuple):
             if not _EVALUATION.fullmatch(text[IMAGES]):
                 raise ValueError(f"the images are {text[IMAGES][:40]!r}, not a number from 1, or nothing for all of them")
             images = int(text[IMAGES])
+        keep: tuple[float, ...] = ()
+        if tells_keep:
+            keep = _shares(text[KEEP], groups)
         if text["within_budget"] not in ("0", "1"):
             raise ValueError(f"within_budget is {text['within_budget'][:40]!r}, not 0 or 1")
         return cls(
@@ -171,6 +185,7 @@ class HistoryRow(NamedTuple):
             divergence,
             tuple(limits.number("cost", text[name], name) for name in others),
             images,
+            keep,
         )
 
     def line(self, tells_images: bool = False) -> str:
@@ -198,6 +213,8 @@ class HistoryRow(NamedTuple):
         ]
         if tells_images:
             cells.append(str(self.images or ""))
+        if self.keep:
+            cells.append("-".join(map(share_words, self.keep)))
         cells += map(repr, self.others)
         return ",".join(cells) + "\n"
 
@@ -220,11 +237,15 @@ class HistoryRow(NamedTuple):
 
 COLUMNS = HistoryRow._fields[: HistoryRow._fields.index("others")]
 HEADER = ",".join(COLUMNS) + "\n"
-IMAGES = "images"
+IMAGES, KEEP = "images", "keep"
 
 
 def read(
-    path: Path, layers: int | None = None, limits: Limits = SHARES, others: Sequence[str] | None = None
+    path: Path,
+    layers: int | None = None,
+    limits: Limits = SHARES,
+    others: Sequence[str] | None = None,
+    groups: int | None = None,
 ) -> list[HistoryRow]:
     """Read a history.
 
@@ -233,6 +254,7 @@ def read(
         layers: How many layers the network has; None if that isn't known.
         limits: What its values can be.
         others: The further metrics whose costs it must tell, in their order; None if any will do.
+        groups: Of how many groups of channels it must tell what is kept, 0 for none; None if any will do.
 
     Returns:
         Its rows, in order.
@@ -244,7 +266,12 @@ def read(
     """
     text = files.read_text(path, files.MOST_HISTORY)
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
-    tells_images, told = _told(path, lines)
+    tells_images, tells_keep, told = _told(path, lines)
+    if groups is not None and tells_keep != bool(groups):
+        raise ValueError(
+            f"{path} {_WITH_KEEP[tells_keep]} column {KEEP!r}, and {_PRUNED[bool(groups)]}: put the file back as it was, or "
+            "start a new run"
+        )
     if others is not None and told != tuple(others):
         raise ValueError(
             f"{path} tells what policies cost in {' and '.join(told) or 'no further metric'}, where it is "
@@ -254,7 +281,7 @@ def read(
     counts: dict[str, int] = {}
     for number, line in enumerate(lines[1:], 2):
         try:
-            row = HistoryRow.parse(line, layers, limits, told, tells_images)
+            row = HistoryRow.parse(line, layers, limits, told, tells_images, tells_keep, groups)
             _check_count(row, counts)
             rows.append(row)
         except ValueError as error:
@@ -268,7 +295,13 @@ def tells_images(path: Path) -> bool:
     return _told(path, text[:1000].split("\n"))[0]
 
 
-def write(path: Path, rows: Iterable[HistoryRow] = (), others: Sequence[str] = (), tells_images: bool | None = None) -> None:
+def write(
+    path: Path,
+    rows: Iterable[HistoryRow] = (),
+    others: Sequence[str] = (),
+    tells_images: bool | None = None,
+    tells_keep: bool = False,
+) -> None:
     """Write a whole history.
 
     Args:
@@ -276,11 +309,12 @@ def write(path: Path, rows: Iterable[HistoryRow] = (), others: Sequence[str] = (
         rows: Its rows.
         others: The further metrics that are limited, of which the rows tell what they cost.
         tells_images: Whether there is a column `images`; None: if one of the rows needs it.
+        tells_keep: Whether there is a column `keep`, of which every row has shares then.
     """
     rows = list(rows)
     if tells_images is None:
         tells_images = not all(row.whole for row in rows)
-    header = ",".join(_columns(others, tells_images)) + "\n"
+    header = ",".join(_columns(others, tells_images, tells_keep)) + "\n"
     files.write(path, header + "".join(row.line(tells_images) for row in rows))
 
 
@@ -296,22 +330,25 @@ def append(path: Path, row: HistoryRow, tells_images: bool = False) -> None:
         file.write(row.line(tells_images))
 
 
-def _columns(others: Sequence[str], tells_images: bool) -> tuple[str, ...]:
+def _columns(others: Sequence[str], tells_images: bool, tells_keep: bool) -> tuple[str, ...]:
     """List the columns of a history."""
+    columns = [*COLUMNS]
     if tells_images:
-        return (*COLUMNS, IMAGES, *others)
-    return (*COLUMNS, *others)
+        columns.append(IMAGES)
+    if tells_keep:
+        columns.append(KEEP)
+    return (*columns, *others)
 
 
-def _told(path: Path, lines: Sequence[str]) -> tuple[bool, tuple[str, ...]]:
-    """Tell what the header of a history has beside the columns of all: whether images, and which further metrics.
+def _told(path: Path, lines: Sequence[str]) -> tuple[bool, bool, tuple[str, ...]]:
+    """Tell what the header of a history has beside the columns of all: images, what is kept, and which further metrics.
 
     Args:
         path: The file, for messages.
         lines: Its lines.
 
     Returns:
-        Both.
+        Whether it tells images, whether it tells what is kept of channels, and the metrics.
 
     Raises:
         ValueError: If it is the header of no history.
@@ -323,9 +360,12 @@ def _told(path: Path, lines: Sequence[str]) -> tuple[bool, tuple[str, ...]]:
     has_images = others[:1] == (IMAGES,)
     if has_images:
         others = others[1:]
+    has_keep = others[:1] == (KEEP,)
+    if has_keep:
+        others = others[1:]
     is_known = set(others) <= set(UNITS) and len(set(others)) == len(others)
     if tuple(columns[: len(COLUMNS)]) == COLUMNS and is_known:
-        return has_images, others
+        return has_images, has_keep, others
     # What else stands there is nobody's to read: the file may be a link to anything.
     known = [name for name in dict.fromkeys(columns) if name in COLUMNS]
     raise ValueError(f"{path} has the columns {','.join(known) or 'of no history'}, not {HEADER.strip()}: start a new run")
@@ -344,6 +384,25 @@ def _check_count(row: HistoryRow, counts: dict[str, int]) -> None:
     if row.evaluation > expected:
         raise ValueError(f"evaluation {row.evaluation} of {row.solver}, where its evaluation {expected} must be")
     counts[row.solver] = expected
+
+
+def share_words(share: float) -> str:
+    """Write a share of channels so that the same float is read again, without an exponent: 0.875, 1."""
+    if share == 1:
+        return "1"
+    return format(Decimal(repr(share)), "f")
+
+
+def _shares(text: str, groups: int | None) -> tuple[float, ...]:
+    """Read the shares of channels that are kept. Raises ValueError for what are none, or of another number of groups."""
+    if not _KEEP.fullmatch(text):
+        raise ValueError(f"keep is {text[:40]!r}, not shares beyond 0 and at most 1, such as 0.5-1-0.875")
+    shares = tuple(map(float, text.split("-")))
+    if min(shares) == 0:
+        raise ValueError("keep has a share of 0, and there is no layer without channels")
+    if groups is not None and len(shares) != groups:
+        raise ValueError(f"keep is of {len(shares)} groups of channels, the problem has {groups}")
+    return shares
 
 
 def _widths(operand: str, text: str, layers: int | None) -> tuple[int, ...]:

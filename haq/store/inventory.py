@@ -115,12 +115,14 @@ class RunSummary:
             "seed",
             "objective",
         )
+        given = {name: self.settings[name] for name in ("prune", "criterion") if name in self.settings}
         return {
             "folder": str(self.folder),
             "kind": self.kind,
             "state": self.state,
             "reason": self.reason,
             **{name: self.settings.get(name) for name in names},
+            **given,
             "done": self.done,
             "asked": self.asked,
             "bytes": sum(size for _, size in file_sizes(self.folder)),

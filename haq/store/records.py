@@ -49,6 +49,7 @@ MOST = 10_000  # entries of a list or a mapping; of policies, layers
 MOST_SEARCHES = 100_000
 MOST_UNITS, MOST_HIDDEN = 4096, 8  # of a pretrained agent's networks: of a hidden layer, and such layers
 POLICY_SCHEMA, POLICY_VERSION = "haq-bit-policy", 1
+KEEP_VERSION = 2  # of policies that keep a part of some channels
 SPLITS = ("search", "test")
 ROBUST = "+robust"  # behind the name of an objective whose inputs are attacked too
 WORST_CASE = "worst-case "  # before its title
@@ -68,6 +69,7 @@ WRITTEN_WIDTHS = (*range(1, BITS + 1), 16)  # of what isn't float, which files w
 UNIFORM_8 = "uniform 8 bits"  # the reference of budgets, unless files say another
 
 Share = Annotated[float, Field(ge=0, le=1)]
+KeptShare = Annotated[float, Field(gt=0, lt=1)]  # of channels; a share of 1 is written as none
 Cost = Annotated[float, Field(ge=0)]
 AnyWidth = Annotated[int, Field(ge=1, le=FLOAT)]  # of a range; float is 32
 UniformWidths = int | str  # one for both operands, "float" or a pair such as "4/8"
@@ -549,6 +551,132 @@ class WidthsRecord(Record):
         return widths
 
 
+class GroupRecord(Record):
+    """A group of channels that may be pruned.
+
+    Attributes:
+        name: Its name, that of the first layer whose outputs these channels are.
+        channels: How many there are.
+        shares: Those that may be kept.
+        layers: The layers whose outputs they are.
+    """
+
+    name: str
+    channels: Annotated[int, Field(ge=1)]
+    shares: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1, max_length=MOST)]
+    layers: Names
+
+
+class PruningRecord(Record):
+    """Which channels may be pruned, where they are searched together with widths.
+
+    Attributes:
+        criterion: By which it is chosen which of a group's channels are kept.
+        groups: The groups that are searched, in the order in which a history tells what is kept of them.
+        fixed: Groups that keep all of their channels, with the reason.
+    """
+
+    criterion: str
+    groups: Annotated[list[GroupRecord], Field(min_length=1, max_length=MOST)]
+    fixed: Texts = {}
+
+    @property
+    def words(self) -> str:
+        """Say what may be chosen."""
+        shares = sorted({share for group in self.groups for share in group.shares})
+        channels = sum(group.channels for group in self.groups)
+        words = (
+            f"{shares_words(shares)} of the channels of {len(self.groups)} groups ({channels:,} channels), chosen by "
+            f"{self.criterion}"
+        )
+        if self.fixed:
+            words += f"; {len(self.fixed)} groups keep all of theirs"
+        return words
+
+    def kept(self, keep: Mapping[str, float]) -> tuple[float, ...]:
+        """Return what a policy keeps of each group, as a row of a history tells it."""
+        return tuple(keep.get(group.name, 1.0) for group in self.groups)
+
+    @field_validator("groups")
+    @classmethod
+    def _check_names(cls, groups: list[GroupRecord]) -> list[GroupRecord]:
+        seen: set[str] = set()
+        for group in groups:
+            if group.name in seen:
+                raise ValueError(f"group {group.name[:80]!r} of channels is named twice")
+            seen.add(group.name)
+        return groups
+
+
+class LayerChannels(Record):
+    """What is left of a layer: channels that it reads and writes, operations and parameters, and what it costs then."""
+
+    name: str
+    inputs: Count
+    of_inputs: Count
+    outputs: Count
+    of_outputs: Count
+    macs: Count
+    parameters: Count
+    cost: Cost | None  # in the metric's unit
+
+    @property
+    def outputs_words(self) -> str:
+        """Write how many of its output channels are kept: "12/16"."""
+        return f"{self.outputs}/{self.of_outputs}"
+
+
+class ChannelsRecord(Record):
+    """What a policy keeps of a network's channels.
+
+    Attributes:
+        criterion: By which it was chosen which they are.
+        kept: How many channels are kept, of all groups that were searched together.
+        of_channels: How many there are in them.
+        groups: How many groups were searched.
+        pruned: How many of these lost channels.
+        macs: Multiply-accumulates of the smaller network, per image.
+        of_macs: Those of the whole one.
+        parameters: Weights and biases of the smaller network's layers.
+        of_parameters: Those of the whole one.
+        layers: What is left of every layer, in order.
+    """
+
+    criterion: str
+    kept: Count
+    of_channels: Count
+    groups: Count
+    pruned: Count
+    macs: Count
+    of_macs: Count
+    parameters: Count
+    of_parameters: Count
+    layers: Annotated[list[LayerChannels], Field(max_length=MOST)]
+
+    @property
+    def words(self) -> str:
+        """Say it in a sentence, without a full stop."""
+        parts = [f"{self.kept:,} of {self.of_channels:,} channels kept ({self.pruned} of {self.groups} groups pruned)"]
+        if self.pruned:
+            parts[0] += f", chosen by {self.criterion}"
+        parts.append(f"{self.macs / 1e6:.4g} of {self.of_macs / 1e6:.4g} M MACs")
+        parts.append(f"{self.parameters:,} of {self.of_parameters:,} parameters")
+        return ", ".join(parts)
+
+    @property
+    def short(self) -> str:
+        """Say how many channels are kept: "312 of 512"."""
+        return f"{self.kept:,} of {self.of_channels:,}"
+
+
+def shares_words(shares: Sequence[float]) -> str:
+    """Write shares of channels, the smallest first: "0.25, 0.5 or 1", and of a whole range "0.25 to 1 in eighths"."""
+    eighths = [8 * share for share in shares]
+    if len(shares) > 2 and eighths == [eighths[0] + step for step in range(len(shares))] and eighths[0].is_integer():
+        return f"{shares[0]:g} to {shares[-1]:g} in eighths"
+    return join_words([f"{share:.4g}" for share in shares], "or")
+
+
 class ProblemRecord(FileRecord, JudgingRecord):
     """problem.json: what is searched, enough to price every policy without loading anything. Costs are in the unit."""
 
@@ -576,6 +704,31 @@ class ProblemRecord(FileRecord, JudgingRecord):
     reference_policy: PolicyRecord | None = None  # where it isn't that
     limits: Annotated[list[LimitRecord], Field(max_length=len(COST_KEYS))] = []  # all of them, where there are others
     goal: GoalRecord | None = None  # where it isn't the best policy within the budget
+    pruning: PruningRecord | None = None  # where channels are searched too
+
+    @property
+    def group_count(self) -> int:
+        """Return how many groups of channels a history tells of; 0 where none are pruned."""
+        if self.pruning is None:
+            return 0
+        return len(self.pruning.groups)
+
+    def check_keep(self, keep: Mapping[str, float], source: Path) -> None:
+        """Raise ValueError, naming the file that a policy is from and the group, for channels that can't be pruned here."""
+        groups = {}
+        if self.pruning is not None:
+            groups = {group.name: group.shares for group in self.pruning.groups}
+        for name, share in keep.items():
+            if name not in groups:
+                raise ValueError(
+                    f"{source} keeps {share:.4g} of group {name[:80]!r} of channels, which isn't searched according to "
+                    f"{source.with_name(files.PROBLEM)}"
+                )
+            if share not in groups[name]:
+                raise ValueError(
+                    f"{source} keeps {share:.4g} of group {name[:80]!r} of channels; according to "
+                    f"{source.with_name(files.PROBLEM)} it can be {shares_words(groups[name])}"
+                )
 
     def check_policy(self, policy: Mapping[str, tuple[int | None, int | None]], source: Path) -> None:
         """Raise ValueError, naming the file that a policy is from and the layer, for widths that the target can't do."""
@@ -773,26 +926,46 @@ class PolicyRecord(FileRecord):
     REMEDY = "search again"
 
     schema_name: Literal["haq-bit-policy"] = Field(alias="schema")
-    version: Literal[1]
+    version: Literal[1, 2]
+    keep: Annotated[dict[str, KeptShare], Field(min_length=1, max_length=MOST)] | None = None  # by group of channels
     layers: Annotated[list[LayerWidths], Field(max_length=MOST)]
 
     @classmethod
     def of(cls, policy: Mapping[str, tuple[int | None, int | None]]) -> PolicyRecord:
-        """Make the record of a policy (layer name -> widths), such as a `quantizers.BitPolicy`."""
+        """Make the record of a policy (layer name -> widths), such as a `quantizers.BitPolicy`, with what that keeps."""
         layers = [
             {"name": name, "weight_bits": weight_bits, "activation_bits": activation_bits}
             for name, (weight_bits, activation_bits) in policy.items()
         ]
-        return cls.from_dict({"schema": POLICY_SCHEMA, "version": POLICY_VERSION, "layers": layers}, "the policy")
+        content: dict[str, Any] = {"schema": POLICY_SCHEMA, "version": POLICY_VERSION}
+        keep = getattr(policy, "keep", None)
+        if keep:
+            content |= {"version": KEEP_VERSION, "keep": dict(keep)}
+        return cls.from_dict({**content, "layers": layers}, "the policy")
 
     def widths(self) -> dict[str, tuple[int | None, int | None]]:
         """Return (weight bits, activation bits) by layer, in order."""
         return {layer.name: (layer.weight_bits, layer.activation_bits) for layer in self.layers}
 
+    @property
+    def kept(self) -> dict[str, float]:
+        """Return the share of channels that is kept, by group; groups that keep all aren't named."""
+        return dict(self.keep or {})
+
     def text(self) -> str:
         """Return the text of policy.json, a line for each layer."""
         rows = ",\n".join(f"    {json.dumps(layer.to_dict())}" for layer in self.layers)
-        return f'{{\n  "schema": "{POLICY_SCHEMA}",\n  "version": {POLICY_VERSION},\n  "layers": [\n{rows}\n  ]\n}}\n'
+        keep = ""
+        if self.keep:
+            keep = f'  "keep": {json.dumps(self.keep)},\n'
+        head = f'  "schema": "{POLICY_SCHEMA}",\n  "version": {self.version},\n{keep}'
+        return f'{{\n{head}  "layers": [\n{rows}\n  ]\n}}\n'
+
+    @model_validator(mode="after")
+    def _check_keep(self) -> PolicyRecord:
+        if ("keep" in self.model_fields_set) != (self.keep is not None) or bool(self.keep) != (self.version == KEEP_VERSION):
+            raise ValueError(f"'keep' belongs to version {KEEP_VERSION}, and to no other")
+        return self
 
     @field_validator("layers")
     @classmethod
@@ -811,12 +984,14 @@ class PolicyRecord(FileRecord):
                 f"{source} is not {cls.WHAT}: its schema is {quoted(content.get('schema'))}, not {POLICY_SCHEMA!r}"
             )
         version = content.get("version")
-        if version == POLICY_VERSION and not isinstance(version, bool):
+        if version in (POLICY_VERSION, KEEP_VERSION) and not isinstance(version, bool):
             return
         remedy = ""
-        if isinstance(version, int) and version > POLICY_VERSION:
+        if isinstance(version, int) and version > KEEP_VERSION:
             remedy = ": it was made by a newer version of haq, upgrade to read it"
-        raise ValueError(f"{source} has version {quoted(version)}; this release reads version {POLICY_VERSION}{remedy}")
+        raise ValueError(
+            f"{source} has version {quoted(version)}; this release reads versions {POLICY_VERSION} and {KEEP_VERSION}{remedy}"
+        )
 
 
 class CheckRecord(Record):
@@ -1323,6 +1498,14 @@ class ResultRecord(FileRecord, JudgingRecord):
     choice: ChoiceRecord | None = None  # why this policy; earlier versions returned the best on the search split
     answers: AnswersRecord | None = None  # on the test split, of shares
     racing: RacingRecord | None = None  # where evaluations ended early
+    channels: ChannelsRecord | None = None  # where channels were searched too
+    bits_only: Names = []  # rivals that searched no channels, beside a solver that did
+
+    def found_by(self, solver: str) -> str:
+        """Name the row of what a solver found in a table."""
+        if solver in self.bits_only:
+            return f"found by {solver} (bits only)"
+        return f"found by {solver}"
 
     @property
     def all_budgets(self) -> list[BudgetRecord]:

@@ -21,6 +21,7 @@ from haq.attacks.classifier import Classifier
 from haq.problem.device import CPU, find_device
 from haq.store.files import CONFIG, ROBUSTNESS
 from haq.study.attack_config import BETA
+from haq.study.channels import check_keeps
 from haq.study.config import SearchConfig
 from haq.study.search_run import SearchRun
 from haq.study.task import CALIBRATION, LoadedNetwork, adversary_of, schemes_of
@@ -178,6 +179,15 @@ def with_policy(module: nn.Module, policy: Q.BitPolicy) -> nn.Module:
     return made
 
 
+def is_of(module: nn.Module, policy: Q.BitPolicy) -> bool:
+    """Say whether a quantized network has the bits of a policy, and the channels that it keeps."""
+    try:
+        check_keeps(module, policy)
+    except ValueError:
+        return False
+    return Q.get_policy(module) == policy.with_keep(None)
+
+
 def schemes_in(module: nn.Module) -> dict[str, Q.Scheme]:
     """Return the scheme of every layer of a quantized network."""
     return {name: layer.scheme for name, layer in Q.quant_layers(module).items()}
@@ -235,6 +245,10 @@ class _RunNetworks:
         run.check(self.loaded)
         self.schemes = run.schemes(list(self.policy), spec.scheme)
         self.plain = self.loaded.quantized(self.policy, self.schemes)
+        # Uniform policies are of all channels.
+        self.whole = self.plain
+        if self.policy.keep:
+            self.whole = self.loaded.quantized(self.policy.with_keep(None), self.schemes)
 
     def gather(self) -> ComparedNetworks:
         """Put everything together."""
@@ -244,8 +258,8 @@ class _RunNetworks:
         left_out = {}
         for bits in self.spec.uniform:
             name = f"uniform {bits}"
-            policy = uniform(self.plain, bits)
-            if reason := fault_of(self.plain, policy):
+            policy = uniform(self.whole, bits)
+            if reason := fault_of(self.whole, policy):
                 left_out[name] = reason
                 continue
             made[name] = self.tuned(f"uniform{bits}", policy)
@@ -302,9 +316,12 @@ class _RunNetworks:
         config = self.run.config
         path = ROBUSTNESS / f"{name}{self._suffix()}-{config.finetune_epochs}-epochs.safetensors"
         kept = self.run.load_checkpoint(self.loaded, path)
-        if kept is not None and Q.get_policy(kept) == policy and has_schemes(kept, self.schemes):
+        if kept is not None and is_of(kept, policy) and has_schemes(kept, self.schemes):
             return kept
-        network = with_policy(self.plain, policy)
+        base = self.whole
+        if policy.keep:
+            base = self.plain
+        network = with_policy(base, policy)
         if not config.finetune_epochs:
             return network
         if self.on_training is None:

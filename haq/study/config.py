@@ -65,8 +65,11 @@ ONLY_IF_GIVEN = (
     "iterate",
     "race",
     "agent",
+    "prune",
+    "criterion",
 )
 OF_YES_OR_NO = ("cold", "amp", "iterate", "race")
+USUAL_CRITERION = "l1"  # by which channels are kept
 HALF = "0.5"  # the budget, unless one is given
 MOST_SEEDS = 1000  # of one benchmark
 TRADEOFFS = ("soft", "hard")  # of MnasNet's objective, with the paper's constants
@@ -219,6 +222,22 @@ class SearchConfig(_Config):
         group=HARDWARE,
         metavar="WIDTHS",
         default_words="2:8, and 16 and float where the target does them",
+    )
+    prune: str | None = setting(
+        None,
+        "search channels together with widths: the shares of its channels that a group may keep, LOW:HIGH such as 0.25:1 (of "
+        "those that are multiples of 1/8) or a list such as 1,0.75,0.5",
+        group=HARDWARE,
+        metavar="SHARES",
+        default_words="all channels are kept",
+    )
+    criterion: str | None = setting(
+        None,
+        "by which channels are kept, with --prune: a name as `haq list criteria` shows them, or module:Name",
+        group=HARDWARE,
+        metavar="NAME",
+        names=lambda: known_criteria(),
+        default_words=USUAL_CRITERION,
     )
     max_drop: float | None = setting(
         None,
@@ -471,6 +490,7 @@ class SearchConfig(_Config):
         if self.memory is not None:
             parse_bytes(self.memory)
         self.check_bits()
+        self.check_pruning()
         self.check_reference()
         if self.agent is not None and self.env != PLAN:
             raise ValueError(
@@ -589,6 +609,7 @@ class SearchConfig(_Config):
             "objective": [self.objective],
             "scheme": scheme_parts(self.scheme),
             "forward": [self.forward or ""],
+            "criterion": [self.criterion or ""],
         }
         return [(field, name) for field, given in names.items() for name in given if _is_code(field, name)]
 
@@ -722,6 +743,35 @@ class SearchConfig(_Config):
             raise ValueError(
                 f"--bits: {error}; give such as 2:8 or 4,8,16,float, or of weights/activations 4,8/8,16"
             ) from None
+
+    def check_pruning(self) -> None:
+        """Raise ValueError, in one sentence, unless `prune` are shares of channels and `criterion` says how to choose them.
+
+        Raises:
+            ImportError: With what to install, where channels can't be followed through a network.
+        """
+        if self.prune is None:
+            if self.criterion is not None:
+                raise ValueError(
+                    f"--criterion {files.quoted(self.criterion)} chooses which channels are kept: give --prune besides, such "
+                    "as --prune 0.25:1, or leave it out"
+                )
+            return
+        # They need torch, which nobody needs who prunes nothing.
+        from haq.problem.shares import read_shares
+        from quantizers.pruning import Criterion
+
+        try:
+            read_shares(self.prune)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from None
+        if not _is_code("criterion", self.criterion_name):
+            Criterion.named(self.criterion_name, modules=False)
+
+    @property
+    def criterion_name(self) -> str:
+        """Return the criterion by which channels are kept, where some are pruned."""
+        return self.criterion or USUAL_CRITERION
 
     def check_reference(self) -> None:
         """Raise ValueError, in one sentence, unless `reference` is a pair of widths or a file."""
@@ -857,6 +907,8 @@ class SweepConfig(_Config):
         "metric",
         "reference",
         "bits",
+        "prune",
+        "criterion",
         *MEASURED,
         "evaluations",
         "ahead",
@@ -1406,7 +1458,7 @@ def _is_code(field: str, name: str) -> bool:
         import hw_models
 
         return hw_models.TARGETS.is_code(name)
-    if field in ("scheme", "forward"):
+    if field in ("scheme", "forward", "criterion"):
         return True
     registries: dict[str, Registry[Any]] = {
         "network": networks.NETWORKS,
@@ -1419,13 +1471,24 @@ def _is_code(field: str, name: str) -> bool:
 
 def _check_code(source: Path, code: Iterable[tuple[str, str]]) -> None:
     """Raise ValueError for the first `module:Name` of some fields that nobody has named who runs this."""
-    wanted = {name: field for field, name in code if not (field == "scheme" and is_known_scheme(name))}
+    wanted = {name: field for field, name in code if not _is_imported(field, name)}
     for name, field in wanted.items():
         remedy = ""
         others = trust.trust_options(one for one in wanted if one != name and trust.may_be_trusted(one))
         if others:
             remedy = f", and {' '.join(others[: 2 * MOST_NAMED])}, which it names too"
         trust.check(name, f"{source} names {field}", remedy)
+
+
+def _is_imported(field: str, name: str) -> bool:
+    """Say whether a scheme or a criterion is imported already, as it is only once somebody has named it who runs this."""
+    if field == "scheme":
+        return is_known_scheme(name)
+    if field == "criterion":
+        from quantizers.pruning import Criterion
+
+        return name in Criterion.known
+    return False
 
 
 def is_known_scheme(name: str) -> bool:
@@ -1477,6 +1540,13 @@ def target_names() -> Iterable[str]:
     import hw_models
 
     return (*hw_models.target_names(), *hw_models.MEASURED)
+
+
+def known_criteria() -> Iterable[str]:
+    """List criteria by which channels are kept, for a shell to complete."""
+    from quantizers.pruning import criterion_names
+
+    return criterion_names()
 
 
 def known_schemes() -> Iterable[str]:

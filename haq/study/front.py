@@ -52,7 +52,8 @@ def _policies(task: SearchTask, found: Sequence[dict[str, Any]]) -> list[dict[st
     for row in found:
         asked = row["budget"] or f"drop {row['max_drop']}"
         for run in row["runs"]:
-            policy = Q.BitPolicy(PolicyRecord.from_dict(run["policy"]).widths())
+            record = PolicyRecord.from_dict(run["policy"])
+            policy = Q.BitPolicy(record.widths(), record.kept)
             called = f"{row['solver']}, {asked}"
             if len(row["runs"]) > 1:
                 called += f", seed {run['seed']}"

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +22,14 @@ from haq.problem.evaluator import Evaluation
 from haq.problem.problem import Problem
 from haq.solvers.base import Solver, find_solver
 from haq.solvers.joint_space import space_of
+from haq.solvers.space import Space
 from haq.store import history
 from haq.store.files import CONFIG, HISTORY, PROBLEM
 from haq.store.history import HistoryRow
 from haq.store.inventory import is_run, is_sweep
 from haq.store.records import ConfigRecord, ProblemRecord
 from haq.store.units import show
+from haq.study.channels import allows_keep, is_joint, keep_of
 from haq.study.config import SearchConfig
 from haq.study.task import SearchTask
 
@@ -74,8 +77,11 @@ class KnownTrials:
         """
         fitting = sum(problem.holds(policy) for policy, _ in self.pairs)
         found = f"{len(self.trials)} known from earlier searches, {fitting} of them within the budgets"
+        channels = ""
+        if is_joint(problem):
+            channels = " or channels"
         if self.left_out:
-            found += f"; {self.left_out} left out, with widths that mean nothing here"
+            found += f"; {self.left_out} left out, with widths{channels} that mean nothing here"
         return found
 
 
@@ -148,13 +154,16 @@ def gather(given: Any, problem: Problem) -> KnownTrials:
     return gathered.found()
 
 
-def of_rows(found: Iterable[HistoryRow], names: Sequence[str], problem: Problem) -> list[KnownTrial]:
+def of_rows(
+    found: Iterable[HistoryRow], names: Sequence[str], problem: Problem, groups: Sequence[str] = ()
+) -> list[KnownTrial]:
     """Read trials from the rows of a history.
 
     Args:
         found: The rows.
         names: The layers, in the order of the rows' widths.
         problem: What is searched with them.
+        groups: The groups of channels, in the order of what the rows keep of them.
 
     Returns:
         As many trials.
@@ -163,7 +172,10 @@ def of_rows(found: Iterable[HistoryRow], names: Sequence[str], problem: Problem)
     made = []
     for row in found:
         widths = [[bits[place] for place in order] for bits in (row.weight_bits, row.activation_bits)]
-        made.append(KnownTrial(row.solver, problem.policy(*widths), evaluation_of(row, problem)))
+        policy = problem.policy(*widths)
+        if row.keep:
+            policy = policy.with_keep(keep_of(groups, row.keep))
+        made.append(KnownTrial(row.solver, policy, evaluation_of(row, problem)))
     return made
 
 
@@ -190,10 +202,14 @@ class _Gathered:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self._space = space_of(problem)
         self._trials: dict[Q.BitPolicy, KnownTrial] = {}
         self._counts: Counter[str] = Counter()
         self._left_out: set[Q.BitPolicy] = set()
+
+    @cached_property
+    def _space(self) -> Space:
+        """Return what the problem lets one choose, which most searches, without trials of others, needn't ask here."""
+        return space_of(self.problem)
 
     def found(self) -> KnownTrials:
         return KnownTrials(tuple(self._trials.values()), dict(self._counts), len(self._left_out))
@@ -211,7 +227,11 @@ class _Gathered:
         outline = ProblemRecord.read(folder / PROBLEM)
         _check_outline(folder, outline, self.problem)
         names = [layer.name for layer in outline.layers]
-        found = of_rows(history.read(folder / HISTORY, len(names), history.Limits.of(outline)), names, self.problem)
+        groups: list[str] = []
+        if outline.pruning is not None:
+            groups = [group.name for group in outline.pruning.groups]
+        rows = history.read(folder / HISTORY, len(names), history.Limits.of(outline), groups=len(groups))
+        found = of_rows(rows, names, self.problem, groups)
         if again:
             self._check_again(str(folder), found)
         self._add(source, found)
@@ -222,7 +242,7 @@ class _Gathered:
         _check_layers(source, other.workload.names, self.problem)
         found = []
         for trial in result.session.trials:
-            policy = self.problem.policy(*self.problem.bit_arrays(trial.policy))
+            policy = self.problem.policy(*self.problem.bit_arrays(trial.policy)).with_keep(trial.policy.keep)
             found.append(KnownTrial(result.solver, policy, trial.evaluation))
         if other.evaluator is not self.problem.evaluator:
             _check_judging(source, (other.objective.name, other.evaluator.count), self.problem)
@@ -234,7 +254,7 @@ class _Gathered:
             before = self._trials.get(trial.policy)
             if before is not None and before.evaluation.images >= trial.evaluation.images:
                 continue
-            if not self._space.describes(trial.policy):
+            if not allows_keep(trial.policy, self.problem) or not self._space.describes(trial.policy):
                 self._left_out.add(trial.policy)
                 continue
             if before is None:
@@ -245,7 +265,11 @@ class _Gathered:
         """Evaluate the best policy again. Raises ValueError unless it comes out as it is known."""
         problem = self.problem
         sound = [
-            trial for trial in found if is_known_whole(trial.evaluation, problem) and math.isfinite(trial.evaluation.loss)
+            trial
+            for trial in found
+            if is_known_whole(trial.evaluation, problem)
+            and math.isfinite(trial.evaluation.loss)
+            and allows_keep(trial.policy, problem)
         ]
         if not sound:
             return
@@ -277,6 +301,9 @@ def _check_run(folder: Path, task: SearchTask) -> None:
     record = ConfigRecord.read(folder / CONFIG)
     before = {name: value for name, value in record.signature.items() if name not in OF_HARDWARE}
     now = task.network_signature()
+    if "criterion" in before and task.config.prune is not None:
+        # Of a run that pruned nothing every policy means the same here.
+        now["criterion"] = task.config.criterion_name
     # What is more than another setting is named first.
     others = (set(before) | set(now)) - {"data", "network"}
     for name in ("data", "network", *sorted(others)):

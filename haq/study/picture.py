@@ -9,6 +9,7 @@ import quantizers as Q
 from haq.problem.problem import Problem
 from haq.reporting import pictures
 from haq.store.records import PolicyRecord, ProblemRecord
+from haq.study.channels import channels_of
 from haq.study.task import outline
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def draw_policy(problem: Problem, policy: Q.BitPolicy) -> Figure:
-    """Draw bits per layer, weights up and activations down, over each layer's share of the cost.
+    """Draw bits per layer, weights up and activations down, over each layer's share of the cost, and what channels are kept.
 
     Args:
         problem: What the policy is of.
@@ -26,7 +27,7 @@ def draw_policy(problem: Problem, policy: Q.BitPolicy) -> Figure:
         A figure that belongs to no window; a notebook shows it.
     """
     record = ProblemRecord.from_dict(outline(problem), "the problem")
-    return pictures.draw_policy(record, PolicyRecord.of(policy))
+    return pictures.draw_policy(record, PolicyRecord.of(policy), channels_of(problem, policy))
 
 
 def save_picture(problem: Problem, policy: Q.BitPolicy, path: Path) -> None:

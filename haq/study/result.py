@@ -31,6 +31,7 @@ from haq.store.records import (
     share_key,
 )
 from haq.store.units import finite, kind_of_cost
+from haq.study.channels import channels_of, smaller
 from haq.study.task import SearchTask, goal_of, objective_of, threads
 from haq.training.config import Judgement, Outcome
 from haq.training.reconstruction import Reconstructed
@@ -187,11 +188,12 @@ def costs(problem: Problem, policy: Q.BitPolicy | None) -> dict[str, float | Non
     if policy is None:
         policy = problem.uniform(FLOAT)
     w, a = problem.bit_arrays(policy)
+    table = smaller(problem, policy).table
     found: dict[str, float | None] = dict.fromkeys(COST_KEYS[metric] for metric in shown)
-    if problem.table.supported[range(len(w)), places(w), places(a)].all():
+    if table.supported[range(len(w)), places(w), places(a)].all():
         for metric in shown:
             if metric in (*problem.metrics, *counted):
-                found[COST_KEYS[metric]] = float(problem.table.total(metric, w, a))
+                found[COST_KEYS[metric]] = float(table.total(metric, w, a))
     elif of_float:
         # 32 bits for each weight and bias, whatever computes with them.
         found["storage_bytes"] = float(sum(4 * layer.own_parameters for layer in problem.workload.layers))
@@ -271,6 +273,9 @@ def collect(
     answers = answers_entry(of_found, by_sample)
     if answers is not None:
         entries["answers"] = answers
+    channels = channels_of(problem, policy)
+    if channels is not None:
+        entries["channels"] = channels.to_dict()
     return {
         "schema": RESULT_SCHEMA,
         **objective_of(problem).differences(),

@@ -26,7 +26,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ from haq.store.lock import check_can_be_made, is_held
 from haq.store.records import ConfigRecord, PolicyRecord, ProblemRecord, ResultRecord
 from haq.store.shell import command_line
 from haq.study import known_trials
+from haq.study.channels import check_keep, check_keeps, group_count, group_names, is_joint, kept_shares
 from haq.study.known_trials import KnownTrial, KnownTrials
 from haq.study.task import (
     LoadedNetwork,
@@ -128,7 +129,12 @@ class SearchRun:
             write_trials(folder / TRIALS, known.trials, task.problem)
         ConfigRecord.from_dict(content).write(folder / CONFIG)
         run._write_problem(task)
-        history.write(folder / HISTORY, others=other_metrics(task.problem), tells_images=run._may_race(task.problem))
+        history.write(
+            folder / HISTORY,
+            others=other_metrics(task.problem),
+            tells_images=run._may_race(task.problem),
+            tells_keep=is_joint(task.problem),
+        )
         if sensitivities is not None:
             run.save_sensitivities(sensitivities, task)
         return run
@@ -227,7 +233,7 @@ class SearchRun:
         depend to the last bit.
         """
         began = ConfigRecord.read(self.folder / CONFIG)
-        options = {"target": "hw", "machine": "hw"}
+        options = {"target": "hw", "machine": "hw", "criterion": "criterion_name"}
         signature = task.signature()
         called = {name: f"{name} ({getattr(self.config, options.get(name, name))})" for name in signature}
         check_signature(self.folder, began.signature, signature, called)
@@ -295,7 +301,8 @@ class SearchRun:
             The policy itself.
 
         Raises:
-            ValueError: If it is of another network, or has a layer at widths that the run's target can't do.
+            ValueError: If it is of another network, has a layer at widths that the run's target can't do, or keeps a share of
+                channels that isn't searched.
         """
         if isinstance(task, SearchTask):
             layers = set(task.problem.workload.names)
@@ -309,9 +316,11 @@ class SearchRun:
             )
         if isinstance(task, SearchTask):
             _check_can_be_done(policy, task.problem, source)
+            check_keep(policy, task.problem, source)
         elif (self.folder / PROBLEM).exists():
             # Nothing is priced here, and the run says what could be.
             self.load_problem().check_policy(policy, source)
+            self.load_problem().check_keep(policy.keep, source)
         return policy
 
     def prepare_resume(self, problem: Problem) -> int:
@@ -325,14 +334,15 @@ class SearchRun:
         self._tells_images = self._may_race(problem)
         if path.exists():
             limits = history.Limits.of(objective_of(problem))
-            self._expected = history.read(path, len(problem.workload), limits, other_metrics(problem))
+            self._expected = history.read(path, len(problem.workload), limits, other_metrics(problem), group_count(problem))
             self._tells_images = history.tells_images(path)
-        for solver, policy, evaluation in known_trials.of_rows(self._expected, problem.workload.names, problem):
+        names, groups = problem.workload.names, group_names(problem)
+        for solver, policy, evaluation in known_trials.of_rows(self._expected, names, problem, groups):
             self._recorded.setdefault(solver, {})[policy] = evaluation
             if evaluation.images == problem.evaluator.count:
                 problem.evaluator.cache[policy] = evaluation
         # Without the line that was being written when the run was killed.
-        history.write(path, self._expected, other_metrics(problem), self._tells_images)
+        history.write(path, self._expected, other_metrics(problem), self._tells_images, is_joint(problem))
         return len(self._expected)
 
     def _may_race(self, problem: Problem) -> bool:
@@ -389,6 +399,7 @@ class SearchRun:
         solver: str,
         sensitivities: Sensitivities | None = None,
         on_evaluation: Callable[[int, Trial, Trial | None], None] = lambda count, trial, best: None,
+        problem: Problem | None = None,
     ) -> Session:
         """Run a solver, with every evaluation written down, and, if the run is this solver's, its best policy kept on disk.
 
@@ -397,6 +408,7 @@ class SearchRun:
             solver: Its name.
             sensitivities: What it need not measure.
             on_evaluation: Told the number of evaluations, the last one, and the best policy so far.
+            problem: What the solver searches, if that is a part of the task's problem only; it must share its evaluations.
 
         Returns:
             The session, with what was found: nothing, if a rival found no policy that is good enough.
@@ -411,7 +423,7 @@ class SearchRun:
 
         asked = {name: getattr(self.config, name) for name in ("evaluations", "seed", "env", "ahead")}
         session = Session(
-            task.problem,
+            problem or task.problem,
             task.evaluations,
             record,
             sensitivities,
@@ -503,7 +515,7 @@ class SearchRun:
         path = self.folder / POLICY
         if not path.exists():
             raise FileNotFoundError(f"{self.folder} has no {POLICY}: nothing was found yet; {self.go_on}")
-        return Q.BitPolicy(PolicyRecord.read(path).widths())
+        return policy_of(PolicyRecord.read(path))
 
     def save_result(self, result: ResultRecord) -> None:
         """Write what was found; the run is finished then."""
@@ -517,7 +529,7 @@ class SearchRun:
 
     def is_found(self, result: ResultRecord, policy: Q.BitPolicy) -> bool:
         """Tell whether a policy is the one that a result was measured of, as far as the result says."""
-        return result.policy is None or policy == result.policy.widths()
+        return result.policy is None or policy == policy_of(result.policy)
 
     def check_found(self, result: ResultRecord, policy: Q.BitPolicy) -> None:
         """Raise ValueError if what was measured in the end was another policy than the one that policy.json has now.
@@ -527,7 +539,7 @@ class SearchRun:
             policy: The policy of policy.json.
         """
         if result.policy is not None:
-            measured = Q.BitPolicy(result.policy.widths())
+            measured = policy_of(result.policy)
             remedy = f"use {self._finetune_command}, which measures it"
             check_same_policy(self.folder / POLICY, policy, self.folder / RESULT, measured, remedy)
 
@@ -591,7 +603,7 @@ class SearchRun:
             raise ValueError(f"{path} doesn't hold the network of this run ({error}): {remedy}") from error
         if name == CHECKPOINT:
             remedy = f"delete {path} and use {self._finetune_command}"
-            check_same_policy(self.folder / POLICY, self.load_policy(), path, Q.get_policy(qnetwork), remedy)
+            check_network(self.folder / POLICY, self.load_policy(), path, qnetwork, remedy)
         return qnetwork
 
     @property
@@ -617,7 +629,7 @@ class SearchRun:
             f"{row.solver} goes on from evaluation {row.evaluation} otherwise than it had begun: another processor?"
         )
         self._expected = []
-        history.write(self.folder / HISTORY, self._met, other_metrics(problem), self.races)
+        history.write(self.folder / HISTORY, self._met, other_metrics(problem), self.races, is_joint(problem))
 
     def _show(self, row: HistoryRow, problem: Problem, best: Trial | None) -> None:
         """Show an evaluation to TensorBoard, if it is there, with the best so far and the time left."""
@@ -653,8 +665,13 @@ def _found_nothing(session: Session) -> bool:
     return session.problem.goal.kind == CHEAPEST and session.best is None and session.failure is None
 
 
+def policy_of(record: PolicyRecord) -> Q.BitPolicy:
+    """Return the policy of a record, with what it keeps of channels."""
+    return Q.BitPolicy(record.widths(), record.kept)
+
+
 def check_same_policy(path: Path, policy: Q.BitPolicy, other: Path, its: Q.BitPolicy, remedy: str) -> None:
-    """Raise ValueError, naming the first layer that differs, unless two files have the same policy.
+    """Raise ValueError, naming the first layer or group of channels that differs, unless two files have the same policy.
 
     Args:
         path: The file of the policy.
@@ -665,11 +682,43 @@ def check_same_policy(path: Path, policy: Q.BitPolicy, other: Path, its: Q.BitPo
     """
     differing = [name for name in (*policy, *its) if policy.get(name) != its.get(name)]
     if not differing:
+        _check_same_keep(path, policy.keep, other, its.keep, remedy)
         return
     name = differing[0]
     raise ValueError(
         f"{path} has {_widths(policy.get(name))} bits for layer {name[:60]!r}, {other} is of {_widths(its.get(name))}: put "
         f"{path.name} back as it was, or {remedy}"
+    )
+
+
+def check_network(path: Path, policy: Q.BitPolicy, other: Path, qnetwork: nn.Module, remedy: str) -> None:
+    """Raise ValueError, naming what differs, unless the network of a file has the bits and channels of a policy.
+
+    Args:
+        path: The file of the policy.
+        policy: The policy.
+        other: The file of the network.
+        qnetwork: The network.
+        remedy: What to do but put the first file back.
+    """
+    check_same_policy(path, policy.with_keep(None), other, Q.get_policy(qnetwork), remedy)
+    try:
+        check_keeps(qnetwork, policy)
+    except ValueError as error:
+        raise ValueError(f"{path} and {other}: {error}; put {path.name} back as it was, or {remedy}") from error
+
+
+def _check_same_keep(path: Path, keep: Mapping[str, float], other: Path, its: Mapping[str, float], remedy: str) -> None:
+    """Raise ValueError, naming the first group of channels that differs, unless two files keep the same of all groups."""
+    differing = [name for name in (*keep, *its) if keep.get(name) != its.get(name)]
+    if not differing:
+        return
+    name = differing[0]
+    shares = (keep.get(name, 1.0), its.get(name, 1.0))
+    mine, others = (history.share_words(share) for share in shares)
+    raise ValueError(
+        f"{path} keeps {mine} of group {name[:60]!r} of channels, {other} is of {others}: put {path.name} back as it was, or "
+        f"{remedy}"
     )
 
 
@@ -736,7 +785,7 @@ def _question(config: SearchConfig) -> list[str]:
         if metric != config.metric:
             words.append(metric)
         words.append(limit)
-    for name in ("max_drop", "at_least", "tradeoff"):
+    for name in ("max_drop", "at_least", "tradeoff", "prune"):
         value = getattr(config, name)
         if value is not None:
             words += [name.replace("_", "-"), str(value)]
@@ -786,6 +835,7 @@ def history_row(solver: str, evaluation: int, trial: Trial, problem: Problem) ->
         trial.evaluation.divergence,
         tuple(problem.costs(trial.policy).values())[1:],
         images,
+        kept_shares(problem, trial.policy),
     )
 
 
@@ -815,19 +865,21 @@ def write_trials(path: Path, known: Iterable[KnownTrial], problem: Problem) -> N
         known: The trials.
         problem: What is searched now.
     """
-    history.write(path, known_rows(known, problem), other_metrics(problem))
+    history.write(path, known_rows(known, problem), other_metrics(problem), tells_keep=is_joint(problem))
 
 
 def read_trials(path: Path, problem: Problem) -> KnownTrials:
     """Read what `write_trials` wrote, for the same network and metrics; ValueError for anything else."""
     limits = history.Limits.of(objective_of(problem))
-    rows = history.read(path, len(problem.workload), limits, other_metrics(problem))
-    return KnownTrials(tuple(known_trials.of_rows(rows, problem.workload.names, problem)))
+    rows = history.read(path, len(problem.workload), limits, other_metrics(problem), group_count(problem))
+    return KnownTrials(tuple(known_trials.of_rows(rows, problem.workload.names, problem, group_names(problem))))
 
 
 def _short(row: HistoryRow) -> str:
     """Write an evaluation into a message."""
     widths = ["-".join(map(width_words, bits)) for bits in (row.weight_bits, row.activation_bits)]
+    if row.keep:
+        widths.append("-".join(map(history.share_words, row.keep)))
     return f"{[*widths, repr(row.accuracy), repr(row.loss)]}"
 
 

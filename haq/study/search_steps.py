@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ import quantizers as Q
 from haq import training
 from haq.attacks.threat_model import parse_eps
 from haq.console.progress import Live, follow_steps, follow_training
+from haq.problem.budget import OutOfReach
 from haq.problem.objective import Objective
+from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers.base import Choice, Session, Trial
 from haq.solvers.contribution import Contribution, contribution
@@ -27,6 +29,7 @@ from haq.store.records import ResultRecord
 from haq.store.units import PERCENT, show
 from haq.study import result as summary
 from haq.study import tables
+from haq.study.channels import bits_only, is_joint
 from haq.study.config import ADAROUND
 from haq.study.picture import save_picture
 from haq.study.search_run import SearchRun
@@ -46,10 +49,14 @@ class Rivals:
     names: tuple[str, ...]
     kind: str | None = None  # of sensitivities that are computed for them; None: those of the search
     words: str = ""  # what these cost, or why there are no rivals
+    problem: Problem | None = None  # what they search, if that are widths alone, beside a search of channels too
 
 
 def rivals_of(task: SearchTask) -> Rivals:
     """Choose the rivals of a search: never does what they need take longer than the search itself.
+
+    Where channels are searched too, rivals search widths alone, within the same budgets: what they find tells what channels
+    are good for.
 
     Args:
         task: The search.
@@ -57,6 +64,18 @@ def rivals_of(task: SearchTask) -> Rivals:
     Returns:
         The rivals.
     """
+    found = _rivals_of(task)
+    if not is_joint(task.problem) or not found.names:
+        return found
+    try:
+        alone = bits_only(task.problem)
+    except OutOfReach as error:
+        return Rivals((), words=f"none: {error}")
+    return replace(found, words=f"bits only, with all channels; {found.words}", problem=alone)
+
+
+def _rivals_of(task: SearchTask) -> Rivals:
+    """Choose the rivals of a search by what their sensitivities cost; see `rivals_of`."""
     config, problem = task.config, task.problem
     names = tuple(name for name in RIVALS if name != config.solver)
     if config.sensitivity is not None or config.sensitivity_kind in COMPUTED:
@@ -106,7 +125,7 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
     rivals = rivals_of(task)
     names = (config.solver, *rivals.names)
     with Live(console, task.problem.objective.title) as bar:
-        found = _solve_all(bar, task, run, names, rivals.kind)
+        found = _solve_all(bar, task, run, names, rivals)
         policy = found.policies[config.solver]
         tuned = None
         reconstructed: Reconstructed | None = None
@@ -130,6 +149,8 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
             found.choices[config.solver],
             found.trials[config.solver],
         )
+        if rivals.problem is not None:
+            result["bits_only"] = list(policies)
         if found.contribution is not None:
             result["contribution"] = found.contribution._asdict()
         if reconstructed is not None:
@@ -150,7 +171,7 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
     return result, policy
 
 
-def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequence[str], kind: str | None) -> _Found:
+def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequence[str], rivals: Rivals) -> _Found:
     """Run solvers, the search's own first.
 
     Args:
@@ -158,8 +179,9 @@ def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequenc
         task: What is searched.
         run: The run.
         solvers: Their names.
-        kind: Of sensitivities that are computed for the others; None: those of the search.
+        rivals: The others among them, and the sensitivities that are computed for these.
     """
+    kind = rivals.kind
     sensitivities = run.sensitivities(task)
     found = _Found()
     for name in solvers:
@@ -170,7 +192,10 @@ def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequenc
                 # A network need not be one that gradients go through; what was found is there all the same.
                 logger.warning(f"no rivals: their sensitivities can't be computed ({' '.join(str(error).split())[:200]})")
                 break
-        session = _solve(bar, task, run, name, sensitivities)
+        problem = task.problem
+        if name != task.config.solver:
+            problem = rivals.problem or problem
+        session = _solve(bar, task, run, name, sensitivities, problem)
         if session.chosen is not None:
             found.policies[name] = session.chosen.policy
         if session.choice is not None:
@@ -184,8 +209,10 @@ def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequenc
     return found
 
 
-def _solve(bar: Progress, task: SearchTask, run: SearchRun, name: str, sensitivities: Sensitivities | None) -> Session:
-    """Run one solver, and show where it is."""
+def _solve(
+    bar: Progress, task: SearchTask, run: SearchRun, name: str, sensitivities: Sensitivities | None, problem: Problem
+) -> Session:
+    """Run one solver on a problem, that of the task or a part of it, and show where it is."""
     evaluations, unit = task.evaluations, task.problem.objective.unit
     line = bar.add_task(name, total=evaluations)
 
@@ -195,7 +222,7 @@ def _solve(bar: Progress, task: SearchTask, run: SearchRun, name: str, sensitivi
         bar.update(line, completed=count, accuracy=value, cost=share, best=best_so_far)
         logger.info(f"{name} {count}/{evaluations}: {value} at {share} of the budget; best so far: {best_so_far}")
 
-    session = run.search(task, name, sensitivities, on_evaluation)
+    session = run.search(task, name, sensitivities, on_evaluation, problem)
     bar.update(line, completed=session.used, total=session.used)
     return session
 

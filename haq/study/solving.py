@@ -41,10 +41,11 @@ from haq.store.files import CHECKPOINT, HISTORY, POLICY, PROBLEM, write
 from haq.store.history import HistoryRow
 from haq.store.records import PolicyRecord, ProblemRecord
 from haq.store.units import describe_amount, finite, metric_words, show
+from haq.study.channels import channels_of, is_joint
 from haq.study.known_trials import check_uses_trials, gather
 from haq.study.picture import draw_policy, save_picture
 from haq.study.result import budgets_used, choice_entry, costs, racing_entries
-from haq.study.search_run import check_same_policy, history_row, other_metrics
+from haq.study.search_run import check_network, history_row, other_metrics, policy_of
 from haq.study.tables import PolicyTable, best_words, share_words
 from haq.study.task import goal_of, objective_of, outline, versions
 from haq.study.workers.processes import working
@@ -156,9 +157,13 @@ class Result:
         tuned = ""
         if self._finetuned_result is not None:
             tuned = f"; fine-tuned {self._show(self._finetuned_result)}, kept: {self.kept}"
+        channels = channels_of(self.problem, self.policy)
+        kept = ""
+        if channels is not None:
+            kept = f", {channels.short} channels"
         return (
             f"Result({self.solver}: {self.problem.objective.title} {self._show(self.trial.evaluation)} at {cost} "
-            f"({share:.3f} of {self.problem.reference_words}){''.join(further)}, {self.session.used} evaluations; "
+            f"({share:.3f} of {self.problem.reference_words}){''.join(further)}{kept}, {self.session.used} evaluations; "
             f"float {self._show(self.problem.float_result)}{tuned})"
         )
 
@@ -182,7 +187,7 @@ class Result:
 
     @property
     def policy(self) -> Q.BitPolicy:
-        """Return the bits of every layer."""
+        """Return the bits of every layer, and what is kept of channels where they were searched."""
         return self.trial.policy
 
     @property
@@ -220,7 +225,7 @@ class Result:
         return self.problem.evaluator.measure(network.eval())
 
     def table(self) -> PolicyTable:
-        """Make a table of bits and costs per layer, for a terminal (`print`) or a notebook."""
+        """Make a table of bits and costs per layer, and of channels, for a terminal (`print`) or a notebook."""
         return PolicyTable(self.problem, self.policy)
 
     def plot(self) -> Figure:
@@ -320,7 +325,7 @@ class Result:
         quantized = self.quantized
         folder.mkdir(parents=True, exist_ok=True)
         PolicyRecord.of(self.policy).write(folder / POLICY)
-        history.write(folder / HISTORY, self._rows(), other_metrics(self.problem))
+        history.write(folder / HISTORY, self._rows(), other_metrics(self.problem), tells_keep=is_joint(self.problem))
         ProblemRecord.from_dict(outline(self.problem)).write(folder / PROBLEM)
         write(folder / SOLUTION, json.dumps(self.to_dict(), indent=2) + "\n")
         save_quantized(folder / QUANTIZED, quantized)
@@ -337,6 +342,9 @@ class Result:
         goal = goal_of(problem)
         if goal is not None:
             further["goal"] = goal
+        channels = channels_of(problem, self.policy)
+        if channels is not None:
+            further["channels"] = channels.to_dict()
         tuned = None
         if self._finetuned_result is not None:
             tuned = _entry(self._finetuned_result)
@@ -511,8 +519,8 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
             raise FileNotFoundError(f"{path} holds no quantized network: neither {QUANTIZED} nor {CHECKPOINT}")
         made = load_quantized(there[0], network)
         if (path / POLICY).exists():
-            kept = Q.BitPolicy(PolicyRecord.read(path / POLICY).widths())
-            check_same_policy(path / POLICY, kept, there[0], Q.get_policy(made), "name the network's file")
+            kept = policy_of(PolicyRecord.read(path / POLICY))
+            check_network(path / POLICY, kept, there[0], made, "name the network's file")
         return made
     return load_quantized(path, network)
 

@@ -24,7 +24,7 @@ from haq.store.records import (
 from haq.store.units import PERCENT, describe_amount, metric_words, show, show_error
 from haq.study.sweep_run import SweepContext, shares_sensitivities
 from haq.study.sweep_sharing import evaluations_of, groups
-from haq.study.tables import errors_words, residuals_words, rounding_words, scheme_words
+from haq.study.tables import errors_words, pruning_words, residuals_words, rounding_words, scheme_words
 from hw_models.registry import join_words
 
 
@@ -56,6 +56,7 @@ def print_plan(console: Console, context: SweepContext, folder: Path | None, wor
         "scheme": scheme_words(task.problem),
         "weights": rounding_words(task.problem, task.config.correction),
         **residuals_words(task.problem),
+        **pruning_words(task.problem),
         "metric": f"{metric_words(sweep.settings.metric)}, as a fraction of {_reference_of(context)}",
         **{f"on {hw}": _target_words(context, hw) for hw in context.tasks},
         "solvers": f"{', '.join(sweep.solvers)}; {sweep.settings.evaluations} evaluations, {draws}",

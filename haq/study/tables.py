@@ -30,11 +30,13 @@ from haq.store.records import (
     SAME,
     SPLITS,
     UNIFORM_8,
+    ChannelsRecord,
     ChoiceRecord,
     ContributionRecord,
     GoalRecord,
     JudgingRecord,
     ObjectiveRecord,
+    PruningRecord,
     RacingRecord,
     ReachedRecord,
     ReconstructionRecord,
@@ -59,6 +61,8 @@ from haq.store.units import (
     show,
     show_error,
 )
+from haq.study.channels import channels_of, pruning_entry, smaller
+from haq.study.channels import words_of as channels_words
 from haq.study.config import ADAROUND, NONE
 from haq.study.task import SearchTask, adversary_of, objective_of
 from hw_models.notebook import html_table
@@ -67,6 +71,7 @@ from hw_models.widths import FLOAT, pair_words, places, width_words
 
 PINNED_MARK = "*"
 FEW_PAIRS = 8  # of widths, that a plan names one by one
+MOST_REASONS, MOST_NAMES = 4, 4  # why channels are fixed, and groups that are named for each, in a plan
 
 
 def print_plan(
@@ -97,6 +102,7 @@ def print_plan(
         "metric": problem.metric,
         **_asked_words(problem),
         "bits": _bits_words(problem),
+        **pruning_words(problem),
         "scheme": scheme_words(problem),
         "weights": rounding_words(problem, task.config.correction),
         **residuals_words(problem),
@@ -168,6 +174,29 @@ def _bits_words(problem: Problem) -> str:
         pinned = ", ".join(f"{name} {pair_words(w, a)}" for name, (w, a) in problem.pinned.items())
         words += f"; {fixed}: {pinned}"
     return words
+
+
+def pruning_words(problem: Problem) -> dict[str, str]:
+    """Say which channels may be pruned, and which can't and why, by the name of a plan's row; nothing if none may be."""
+    entry = pruning_entry(problem)
+    if not entry:
+        return {}
+    record = PruningRecord.from_dict(entry["pruning"], "the channels")
+    lines = [record.words]
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in record.fixed.items():
+        by_reason.setdefault(reason, []).append(name)
+    lines += [f"fixed: {join_words(_few(names))} ({reason})" for reason, names in list(by_reason.items())[:MOST_REASONS]]
+    if len(by_reason) > MOST_REASONS:
+        lines.append(f"fixed for {len(by_reason) - MOST_REASONS} further reasons: others")
+    return {"channels": "\n".join(lines)}
+
+
+def _few(names: Sequence[str]) -> list[str]:
+    """Return the first names, and how many more there are."""
+    if len(names) <= MOST_NAMES:
+        return list(names)
+    return [*names[:MOST_NAMES], f"{len(names) - MOST_NAMES} more"]
 
 
 def _network_words(task: SearchTask) -> str:
@@ -367,22 +396,25 @@ def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> Non
     names = [layer.name for layer in problem.workload.layers]
     marks = [PINNED_MARK * (name in problem.pinned) for name in names]
     shares = [percent(cost / before.sum(), 1) for cost in before]
+    channels = channels_of(problem, policy)
+    made = smaller(problem, policy)
     columns = [
         Column("layer", [*names, "total, mean"]),
+        *_channel_columns(channels),
         Column("weight\nbits", _bits_cells(w, marks), "right"),
         Column("activ.\nbits", _bits_cells(a, marks), "right"),
         Column(f"before,\n{before_words(problem)}", [f"{cost / size:.4g}" for cost in (*before, before.sum())], "right"),
         Column("after", [f"{cost / size:.4g}" for cost in (*after, after.sum())], "right"),
         Column("share\nbefore", [*shares, ""], "right"),
     ]
-    if problem.metric == "latency" and problem.table.bound is not None:
-        bounds = problem.table.bound[np.arange(len(w)), places(w), places(a)]
-        columns.append(Column("bound by", [*(problem.table.bounds[index] for index in bounds), ""]))
-    columns += [_column_of(problem, limit.metric, w, a) for limit in problem.limits[1:] if limit.is_sum]
+    if problem.metric == "latency" and made.table.bound is not None:
+        bounds = made.table.bound[np.arange(len(w)), places(w), places(a)]
+        columns.append(Column("bound by", [*(made.table.bounds[index] for index in bounds), ""]))
+    columns += [_column_of(made, limit.metric, w, a) for limit in problem.limits[1:] if limit.is_sum]
     kind = kind_of_cost(problem.metric, problem.table.provenance)
     if kind != COUNTED:
         kind = problem.table.provenance
-    title = f"Bits per layer on {problem.target.name}; {metric_words(problem.metric)} in {unit}, {kind}"
+    title = f"{_decided_words(channels)} per layer on {problem.target.name}; {metric_words(problem.metric)} in {unit}, {kind}"
     print_columns(console, title, columns, totals=1, caption=_layers_caption(problem, policy))
 
 
@@ -397,8 +429,25 @@ def before_words(problem: Problem) -> str:
 def _costs_of(problem: Problem, policy: Q.BitPolicy) -> NDArray[np.float64]:
     """Return what every layer costs in a policy, in the metric's unit."""
     w, a = problem.bit_arrays(policy)
-    found: NDArray[np.float64] = problem.cost[np.arange(len(w)), places(w), places(a)]
+    found: NDArray[np.float64] = smaller(problem, policy).cost[np.arange(len(w)), places(w), places(a)]
     return found
+
+
+def _decided_words(channels: ChannelsRecord | None) -> str:
+    """Say what a table of layers shows."""
+    if channels is None:
+        return "Bits"
+    return "Channels and bits"
+
+
+def _channel_columns(channels: ChannelsRecord | None) -> list[Column]:
+    """Make the column of the output channels that layers keep; none where no channels are searched."""
+    if channels is None:
+        return []
+    cells = [layer.outputs_words for layer in channels.layers]
+    kept = sum(layer.outputs for layer in channels.layers)
+    whole = sum(layer.of_outputs for layer in channels.layers)
+    return [Column("channels\nkept", [*cells, f"{kept}/{whole}"], "right")]
 
 
 def _bits_cells(widths: NDArray[np.int64], marks: Sequence[str]) -> list[str]:
@@ -457,9 +506,14 @@ class PolicyTable:
         problem = self.problem
         w, a = problem.bit_arrays(self.policy)
         before, after = _costs_of(problem, problem.reference_policy), _costs_of(problem, self.policy)
+        channels = channels_of(problem, self.policy)
+        kept = [""] * len(w)
+        if channels is not None:
+            kept = [layer.outputs_words for layer in channels.layers]
         rows = [
             (
                 layer.name,
+                kept[i],
                 width_words(w[i]),
                 width_words(a[i]),
                 describe_amount(before[i], problem.metric),
@@ -470,9 +524,12 @@ class PolicyTable:
         metric, kind = metric_words(problem.metric), kind_of_cost(problem.metric, problem.table.provenance)
         if kind != COUNTED:
             kind = problem.table.provenance
-        caption = f"Bits per layer on {problem.target.name}; {metric} is {kind}"
+        caption = f"{_decided_words(channels)} per layer on {problem.target.name}; {metric} is {kind}"
         before_at = f"{metric} at {before_words(problem)}"
-        headings = ("layer", "weight bits", "activation bits", before_at, f"{metric} now")
+        headings = ("layer", "channels kept", "weight bits", "activation bits", before_at, f"{metric} now")
+        if channels is None:
+            headings = (headings[0], *headings[2:])
+            rows = [(row[0], *row[2:]) for row in rows]
         return html_table(caption, headings, rows)
 
 
@@ -493,6 +550,8 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
         say(console, choice_sentence(result["choice"]))
     if result.get("goal"):
         say(console, goal_sentence(result))
+    if result.get("channels"):
+        say(console, f"Channels: {channels_words(result['channels'])}.")
     for budget in result.get("budgets") or [result["budget"]]:
         say(console, budget_sentence(budget, reference_label(result)))
     if result.get("racing"):
@@ -618,7 +677,7 @@ def _print_comparison(console: Console, task: SearchTask, result: Mapping[str, A
         reference_label(result): result["uniform8"],
         f"found by {result['solver']}": result["found"],
         tuned: result["finetuned"],
-        **{f"found by {name}": row for name, row in result["rivals"].items()},
+        **{f"found by {name}{_bits_only(result, name)}": row for name, row in result["rivals"].items()},
     }
     shown = {label: row for label, row in rows.items() if row is not None}
     columns = [Column("policy", list(shown), least=14)]
@@ -633,6 +692,13 @@ def _print_comparison(console: Console, task: SearchTask, result: Mapping[str, A
         columns.append(Column(heading_of(metric, f"({kind})"), [_cost_cell(row, metric) for row in shown.values()], "right"))
     title = f"{result['network']} on {result['data']}, {result['target']}"
     print_columns(console, title, columns, caption=_caption(task, result))
+
+
+def _bits_only(result: Mapping[str, Any], name: str) -> str:
+    """Say of a rival that it searched no channels, beside a solver that did; nothing otherwise."""
+    if name in result.get("bits_only", ()):
+        return " (bits only)"
+    return ""
 
 
 def _value_columns(objective: Objective) -> list[tuple[str, str, Objective]]:
@@ -804,18 +870,21 @@ def _rivals_sentence(problem: Problem, result: Mapping[str, Any]) -> str:
     if objective.also:
         measured = f" ({objective.words})"
     return (
-        f"{_rivals_words(problem)} ({', '.join(result['rivals'])}): the best is {name} with "
+        f"{_rivals_words(problem, result)} ({', '.join(result['rivals'])}): the best is {name} with "
         f"{judging.show(values[name])} on the search split{measured}, {than}."
     )
 
 
-def _rivals_words(problem: Problem) -> str:
-    """Name solvers that were asked for the same."""
+def _rivals_words(problem: Problem, result: Mapping[str, Any]) -> str:
+    """Name solvers that were asked for the same, of channels or of bits alone."""
+    words = "Rivals"
+    if result.get("bits_only"):
+        words = "Rivals of bits alone, with all channels,"
     if problem.goal.kind != BEST.kind:
-        return "Rivals with the same goal"
+        return f"{words} with the same goal"
     if len(problem.limits) > 1:
-        return "Rivals at the same budgets"
-    return "Rivals at the same budget"
+        return f"{words} at the same budgets"
+    return f"{words} at the same budget"
 
 
 def _traded_sentence(problem: Problem, result: Mapping[str, Any], key: str) -> str:
@@ -836,7 +905,7 @@ def _traded_sentence(problem: Problem, result: Mapping[str, Any], key: str) -> s
     rivals = result["rivals"]
     name = max(rivals, key=lambda rival: worth(rivals[rival]))
     return (
-        f"{_rivals_words(problem)} ({', '.join(rivals)}): the best is {name} with {worth(rivals[name]):.4f}, "
+        f"{_rivals_words(problem, result)} ({', '.join(rivals)}): the best is {name} with {worth(rivals[name]):.4f}, "
         f"{result['solver']} has {worth(result['found']):.4f}."
     )
 
@@ -856,7 +925,7 @@ def _cheaper_sentence(problem: Problem, result: Mapping[str, Any], values: Mappi
     float_value = problem.float_result.value
     good = [name for name, value in values.items() if problem.goal.is_met(problem.objective, value, float_value)]
     if not good:
-        return f"Rivals with the same goal ({names}): none of them found a policy that is good enough."
+        return f"{_rivals_words(problem, result)} ({names}): none of them found a policy that is good enough."
     key = COST_KEYS[problem.metric]
     name = min(good, key=lambda name: float(result["rivals"][name][key]))
     cost, own = float(result["rivals"][name][key]), float(result["found"][key])
@@ -867,8 +936,8 @@ def _cheaper_sentence(problem: Problem, result: Mapping[str, Any], values: Mappi
         than = than.replace("more", "less")
     amount = describe_amount(cost, problem.metric)
     return (
-        f"Rivals with the same goal ({names}): the cheapest is {name}'s with {amount} of {metric_words(problem.metric)}, "
-        f"{than} {result['solver']}'s."
+        f"{_rivals_words(problem, result)} ({names}): the cheapest is {name}'s with {amount} of "
+        f"{metric_words(problem.metric)}, {than} {result['solver']}'s."
     )
 
 

@@ -30,7 +30,7 @@ from haq.problem.evaluator import Evaluator
 from haq.problem.goal import BEST, TRADEOFF
 from haq.problem.objective import BlackBox, build_objective
 from haq.problem.problem import Problem
-from haq.problem.samples import pieces, samples_in, samples_of
+from haq.problem.samples import KeptSamples, pieces, samples_in, samples_of
 from haq.problem.schemes import AnyScheme, describe_schemes, linear_for, roundings_by_layer, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers.agent_file import AgentFile
@@ -39,6 +39,7 @@ from haq.solvers.spending import proposed
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
 from haq.store.records import UNIFORM_8, ObjectiveRecord
 from haq.store.units import finite
+from haq.study.channels import check_installed, pruning_entry, smaller_evaluator, smaller_float
 from haq.study.config import ADAROUND, BEFORE, FLOAT, LINEAR, NONE, SearchConfig
 from haq.training.adversaries import Adversary
 from haq.training.finetuning import classes_of
@@ -52,6 +53,7 @@ from quantizers.calling import Forward, inputs_of, leaves
 from quantizers.observers import OnProgress, no_progress
 
 CALIBRATION = 512  # images of the train split
+FEW_SAMPLES = 8  # that are looked at where nothing is judged
 
 
 @dataclass(frozen=True)
@@ -134,21 +136,61 @@ class LoadedNetwork:
                 return
 
     def quantized(self, policy: Q.BitPolicy, schemes: Mapping[str, Q.Scheme]) -> nn.Module:
-        """Quantize the network as the search does: with the same calibration, correction, rounding and residuals."""
+        """Quantize the network as the search does: with the same calibration, correction, rounding, residuals and channels."""
         images = self.calibration()
         workload = self.traced(images)
         module = self.network.module
         if self.config.residuals != FLOAT:
             module = Q.insert_residual_quantizers(module, images, **self.called_by())
+        roundings = roundings_by_layer(self.config.searched_rounding, schemes, workload, _count(images))
+        if policy.keep:
+            return self._smaller(module, policy, schemes, roundings, images)
         return Q.quantize(
             module,
             policy,
             scheme=schemes,
             calibrate=images,
             correction=correction_of(self.config),
-            rounding=roundings_by_layer(self.config.searched_rounding, schemes, workload, _count(images)),
+            rounding=roundings,
             **self.called_by(),
         ).eval()
+
+    def _smaller(
+        self,
+        module: nn.Module,
+        policy: Q.BitPolicy,
+        schemes: Mapping[str, Q.Scheme],
+        roundings: Mapping[str, str],
+        calibration: Any,
+    ) -> nn.Module:
+        """Quantize the network with the channels that a policy keeps, as a `ChannelProblem` does.
+
+        Args:
+            module: The float network, with residual quantizers where there are to be some.
+            policy: What it is quantized at.
+            schemes: Of every layer.
+            roundings: Of every layer.
+            calibration: What `calibration` returned.
+        """
+        check_installed(self.config)
+        config = self.config
+        objective = build_objective(config.objective, self.network, self.dataset, parse_eps(config.eps))
+        inputs, targets = self.dataset.search.take(torch.arange(min(FEW_SAMPLES, len(self.dataset.search))))
+        evaluator = smaller_evaluator(
+            module,
+            self.network.module,
+            list(owned(calibration)),
+            KeptSamples([(self.network.preprocess(inputs), targets)]),
+            criterion=config.criterion_name,
+            objective=objective,
+            schemes=schemes,
+            correction=correction_of(config),
+            roundings=roundings,
+            forward=self.network.forward,
+        )
+        made = evaluator.quantized(policy)
+        Q.set_policy(made, policy)
+        return made.eval()
 
     def traced(self, calibration: Any) -> hw_models.Workload:
         """List the layers of the network, as it is run on the first sample of those that `calibration` returned."""
@@ -199,6 +241,7 @@ class SearchTask(LoadedNetwork):
         Raises:
             ValueError, FileNotFoundError, ImportError: As the parts do.
         """
+        check_installed(config)
         loaded = LoadedNetwork.load(config)
         network = loaded.network
         dataset = loaded.dataset
@@ -242,6 +285,7 @@ class SearchTask(LoadedNetwork):
             residuals=config.residuals,
             on_progress=on_progress,
             **loaded.called_by(),
+            **pruning_of(config),
         )
         if config.evaluations is None:
             config = config.replace(evaluations=proposed(problem))
@@ -286,6 +330,7 @@ class SearchTask(LoadedNetwork):
             adversary=adversary_of(self.config),
             objective=self.problem.objective,
             loss=loss,
+            source=smaller_float(self.problem, policy),
             on_progress=on_progress,
         )
 
@@ -338,6 +383,8 @@ class SearchTask(LoadedNetwork):
             found["reference"] = hashlib.sha256(widths.encode()).hexdigest()[:16]
         if self.agent is not None:
             found["agent"] = self.agent.checksum
+        if self.config.prune is not None:
+            found["criterion"] = self.config.criterion_name
         return {**self.network_signature(), **found, **machine_signature(self.problem.target)}
 
     def _schemes_signature(self) -> dict[str, str]:
@@ -548,7 +595,7 @@ def _further(problem: Problem) -> dict[str, Any]:
     goal = goal_of(problem)
     if goal is not None:
         found["goal"] = goal
-    return found
+    return found | pruning_entry(problem)
 
 
 def _as_in_policies(widths: Iterable[int]) -> list[int | None]:
@@ -623,6 +670,13 @@ def _check_adaround(schemes: Mapping[str, Q.Scheme]) -> None:
                 f"rounding 'adaround' means nothing to scheme {scheme.name!r} of layer {name!r}: choose another "
                 "--rounding, or --scheme linear"
             )
+
+
+def pruning_of(config: SearchConfig) -> dict[str, Any]:
+    """Return the arguments of a problem that say which channels may be pruned; none where none are."""
+    if config.prune is None:
+        return {}
+    return {"prune": config.prune, "criterion": config.criterion_name}
 
 
 def correction_of(config: SearchConfig) -> str | None:

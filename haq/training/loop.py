@@ -36,6 +36,7 @@ from haq.training.config import (
     no_step,
 )
 from haq.training.goals import Called, Goal, UserLoss, as_float32, in_evaluation, network_inputs
+from haq.training.methods import Method, as_method
 from haq.training.optimizers import optimizer_class
 from haq.training.schedules import Length, Schedule
 from quantizers.calling import count_of, to_device
@@ -54,6 +55,7 @@ def fit(
     teacher: nn.Module | None = None,
     objective: Objective | None = None,
     loss: UserLoss | None = None,
+    method: Method | str | None = None,
     state: Checkpoint | None = None,
     judge: Judge | None = None,
     before: Judgement | None = None,
@@ -78,6 +80,8 @@ def fit(
         loss: A function of (outputs, targets) that is minimised in place of all that; it returns a number or one for each
             sample. Outputs are of the structure that they have in evaluation mode. Where there are auxiliary ones in training
             mode, their losses are added.
+        method: What is done beside the steps (`haq.training.methods`), or a text that describes it, such as
+            "repr(share=0.3, cycles=3)". An object is of one training.
         state: Keeps what it takes to go on after every epoch; what it holds is gone on from.
         judge: Judges the module after every epoch; in the end it is what it was after the best of them.
         before: With a judge: what the best epoch must beat. If none does, the outcome says so, and the module is left as
@@ -92,7 +96,8 @@ def fit(
     Raises:
         FloatingPointError: If the loss stops being a number before there is anything to keep.
         ValueError: For fewer than two samples, an objective that has nothing to train by, an adversary on images of unknown
-            range, patience without a judge, and a state of something else.
+            range, patience without a judge or with a method that needs all epochs, a training that the method can't work
+            with, and a state of something else.
     """
     if len(split) < 2:
         raise ValueError(f"training takes at least 2 {split.samples_are}, there are {len(split)}")
@@ -100,11 +105,14 @@ def fit(
         check_images(split)
     if config.patience is not None and judge is None:
         raise ValueError(f"patience is {config.patience}, but nothing is held out by which epochs could be judged")
+    made = as_method(method)
+    if config.patience is not None and made.needs_all_epochs:
+        raise ValueError(f"patience is {config.patience}, but the training method needs all epochs: leave it out")
     goal = Goal(objective, loss, config.auxiliary)
     if teacher is not None:
         goal.check_teacher(network, split)
     training = Training(
-        network, module or network.module, teacher, config, len(split), goal, batches_in(split, config.batch_size)
+        network, module or network.module, teacher, config, len(split), goal, batches_in(split, config.batch_size), made
     )
     training.least = before
     if state is not None:
@@ -121,6 +129,7 @@ def fit(
             diverged = True
             break
         training.epoch = epoch + 1
+        training.method.after_epoch(training)
         held_out_loss = mean_loss
         if judge is not None:
             training.consider(judge(training.module))
@@ -158,6 +167,7 @@ class Training:
         half: The type that networks compute in; None: that of their parameters.
         scaler: Scales losses so that float16 can hold their gradients; None where it needn't.
         attack: What perturbs the inputs; None: nothing.
+        method: What is done beside the steps.
         epochs: How many there are; `epoch` of them are done.
         steps: How many there are; `step` of them are done.
         least: The judgement that an epoch's network must beat to be kept; None: the first one is kept until a better comes.
@@ -175,6 +185,7 @@ class Training:
         images: int,
         goal: Goal | None = None,
         batches: int | None = None,
+        method: Method | None = None,
     ) -> None:
         """Make everything that a training begins with.
 
@@ -186,6 +197,7 @@ class Training:
             images: How many samples there are.
             goal: What is minimised; None: of classification.
             batches: Of an epoch; None: as many as there are of so many samples.
+            method: What is done beside the steps; None: nothing.
         """
         self.network = network
         self.goal = goal or Goal()
@@ -197,7 +209,6 @@ class Training:
         if config.train_scales:
             self.scales = trainable_scales(module)
         self.least_scales = [LEAST_SCALE * scale.detach() for scale in self.scales]
-        self.optimizers = make_optimizers(module, self.scales, config)
         self.half: torch.dtype | None = None
         self.scaler: torch.amp.GradScaler | None = None
         if config.amp:
@@ -218,9 +229,13 @@ class Training:
         self.steps_per_epoch = (batches or batch_count(images, config.batch_size)) * self.replays
         self.steps = config.steps or passes * self.steps_per_epoch
         self.epochs = math.ceil(self.steps / self.steps_per_epoch)
-        self.schedule = Schedule(self.optimizers, config.schedule, Length(self.steps, self.epochs))
         self.epoch = 0
         self.step = 0
+        self.method = method or Method()
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.method.begin(self)  # what it adds to the module is trained, too
+        self.optimizers += make_optimizers(module, self.scales, config)
+        self.schedule = Schedule(self.optimizers, config.schedule, Length(self.steps, self.epochs))
         self.least: Judgement | None = None
         self.judged: list[Judgement] = []
         self.kept = 0
@@ -275,6 +290,8 @@ class Training:
     def consider(self, judgement: Judgement) -> None:
         """Note what the module is worth now; keep it if it beats the network before, and its loss is the least so far."""
         self.judged.append(judgement)
+        if not self.method.may_keep(self):
+            return
         if self.least is not None and not judgement.beats(self.least):
             return
         if self.kept == 0 or judgement.loss < self.judged[self.kept - 1].loss:
@@ -304,6 +321,9 @@ class Training:
             "device": device_random_state(self.network.device),  # of the same, where that isn't the CPU
             "perturbation": perturbation,
         }
+        of_method = self.method.tensors()
+        if of_method:
+            content["method"] = of_method
         # A file of another device could be read only where there is one.
         state.write(to_device(content, "cpu"))
 
@@ -329,6 +349,7 @@ class Training:
             torch.set_rng_state(content["torch"])
             if self.attack is not None:
                 self.attack.delta = to_device(content["perturbation"], self.network.device)
+            self.method.load_tensors(content.get("method", {}))
             epoch = content["epoch"]
             if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
                 raise TypeError("the epoch is no number")
@@ -341,6 +362,7 @@ class Training:
             self.load_tensors(self.best)
         for scale in self.scales:
             scale.requires_grad_(False)
+        self.method.finish(self)
         self.module.eval()
 
 
@@ -512,6 +534,7 @@ def train_epoch(training: Training, split: Split, on_step: OnStep = no_step) -> 
         The mean loss.
     """
     config = training.config
+    training.method.before_epoch(training)
     training.module.train()
     for norm in running_norms(training.module):
         if config.fixed_norms or is_frozen(norm):
@@ -583,14 +606,16 @@ def train_step(training: Training, inputs: Any, loss_of: Loss, targets: Any = No
         FloatingPointError: If it is no number.
     """
     module = training.module
-    training.schedule.before_step(training.step)
+    method = training.method
+    training.schedule.before_step(*method.position(training))
     given = inputs
     if training.attack is not None:
         attacked = module
         if training.network.forward is not None:
             attacked = Called(training.network, module, targets)
         given = training.attack.perturb(attacked, inputs, loss_of, training.generator)
-    loss = loss_of(training.outputs(module, given, targets))
+    outputs = training.outputs(module, given, targets)
+    loss = method.loss(training, given, targets, outputs, loss_of(outputs))
     if training.config.penalty is not None:
         loss = loss + training.config.penalty(module)
     if not torch.isfinite(loss):
@@ -607,6 +632,7 @@ def train_step(training: Training, inputs: Any, loss_of: Loss, targets: Any = No
             torch.maximum(scale, least, out=scale)
     training.step += 1
     training.schedule.after_step(training.step)
+    method.after_step(training)
     return loss.item()
 
 
@@ -615,10 +641,12 @@ def descend(training: Training, loss: Tensor) -> None:
     scaler = training.scaler
     if scaler is None:
         loss.backward()
+        training.method.before_step(training)
         for optimizer in training.optimizers:
             optimizer.step()
         return
     scaler.scale(loss).backward()
+    training.method.before_step(training)
     for optimizer in training.optimizers:
         scaler.step(optimizer)
     scaler.update()

@@ -96,7 +96,7 @@ def scheduler_class(text: str) -> tuple[type[LRScheduler], dict[str, Any]]:
     """
     from torch.optim import lr_scheduler
 
-    name, *given = _parts(text)
+    name, *given = split_at_commas(text)
     known = torch_schedulers()
     found = _find(name, known)
     if found is None:
@@ -111,7 +111,7 @@ def scheduler_class(text: str) -> tuple[type[LRScheduler], dict[str, Any]]:
         key, is_set, value = part.partition("=")
         if not is_set or key.strip() not in taken:
             raise ValueError(f"schedule {text!r} has {part!r}; {found} takes {', '.join(f'{one}=' for one in taken)}")
-        arguments[key.strip()] = _value(value.strip(), text)
+        arguments[key.strip()] = argument_value(value.strip(), f"schedule {text!r}")
     return made, arguments
 
 
@@ -133,7 +133,7 @@ def _close(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?"
 
 
-def _parts(text: str) -> list[str]:
+def split_at_commas(text: str) -> list[str]:
     """Divide at commas that aren't within brackets: "MultiStepLR,milestones=[10,20]"."""
     parts = [""]
     depth = 0
@@ -146,10 +146,22 @@ def _parts(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def _value(text: str, whole: str) -> Any:
+def argument_value(text: str, whole: str) -> Any:
+    """Read the value of an argument: a number, a name or a list.
+
+    Args:
+        text: As it is written.
+        whole: What it is an argument of, to begin the message: "schedule 'StepLR,gamma=x y'".
+
+    Returns:
+        The value; a name, such as `linear`, is a text.
+
+    Raises:
+        ValueError: For anything else.
+    """
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         if text.isidentifier():
             return text  # anneal_strategy=linear
-        raise ValueError(f"schedule {whole!r} has the value {text!r}; it must be a number, a name or a list") from None
+        raise ValueError(f"{whole} has the value {text!r}; it must be a number, a name or a list") from None

@@ -59,6 +59,7 @@ def reconstruct(
     adversary: Adversary | None = None,
     objective: Objective | None = None,
     loss: UserLoss | None = None,
+    source: nn.Module | None = None,
     on_progress: OnProgress = no_progress,
 ) -> Reconstructed:
     """Correct the biases and learn the roundings of a copy of a quantized network at its bits (`quantizers.reconstruct`).
@@ -73,6 +74,8 @@ def reconstruct(
         adversary: What the network that is judged has to bear, if it was chosen for that.
         objective: What it is judged by; None: classification of images.
         loss: As of `judge_of`.
+        source: The float network that the quantized one was made of, layer by layer, if that is one of fewer channels; None:
+            `network`.
         on_progress: Told how many of how many parts are done, and what they are.
 
     Returns:
@@ -89,14 +92,16 @@ def reconstruct(
     batches, count = calibration_of(network, trained_on)
     judge = judge_of(network, held, adversary, objective=objective, loss=loss)
     found = Q.copy_network(qnetwork).eval()
+    if source is None:
+        source = network.module
     calls: dict[str, Any] = {}
     if network.forward is not None:
         calls["forward"] = network.forward
     with threads_for(network):
         before = judge(found)
-        Q.correct_bias(found, network.module, batches, **calls)
+        Q.correct_bias(found, source, batches, **calls)
         with torch.enable_grad():
-            Q.reconstruct(found, network.module, batches, iterations=ITERATIONS, seed=seed, on_progress=on_progress, **calls)
+            Q.reconstruct(found, source, batches, iterations=ITERATIONS, seed=seed, on_progress=on_progress, **calls)
         after = judge(found)
     kept = after.beats(before)
     if not kept:

@@ -88,11 +88,11 @@ class Schedule:
     def _by_batch(self) -> bool:
         return bool(self.schedulers) and type(self.schedulers[0]).__name__ in BY_BATCH
 
-    def before_step(self, step: int) -> None:
-        """Set the learning rates for a step, counted from 0."""
+    def before_step(self, step: int, steps: int | None = None) -> None:
+        """Set the learning rates for a step, counted from 0, of so many; None: of all steps of the training."""
         if self.schedulers:
             return
-        rate = share_of_peak(self.name, step, self.length.steps)
+        rate = share_of_peak(self.name, step, steps or self.length.steps)
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate

@@ -1,7 +1,31 @@
 """What of a network isn't needed: groups of channels, criteria that say which, and binary filters whose masks are off."""
 
-from quantizers.pruning.criteria import L1, L2, BatchNormScale, GeometricMedian, KernelSparsityEntropy, Random, Taylor
-from quantizers.pruning.criterion import Criterion, Ranking, ScoreRanking, criterion_names, criterion_rows, select
+from quantizers.kept import (
+    kept_channels,
+)
+from quantizers.pruning.channels import (
+    ChannelGroup,
+    ChannelGroups,
+    Member,
+)
+from quantizers.pruning.criteria import (
+    L1,
+    L2,
+    BatchNormScale,
+    CollaborativeChannels,
+    GeometricMedian,
+    KernelSparsityEntropy,
+    Random,
+    Taylor,
+)
+from quantizers.pruning.criterion import (
+    Criterion,
+    Ranking,
+    ScoreRanking,
+    criterion_names,
+    criterion_rows,
+    select,
+)
 from quantizers.pruning.filters import (
     MainSubsidiary,
     WithConstants,
@@ -10,34 +34,80 @@ from quantizers.pruning.filters import (
     masked_layers,
     remove_filters,
 )
-from quantizers.pruning.groups import ChannelGroup, ChannelGroups, Member, channel_groups
-from quantizers.pruning.removal import kept_channels, mask_channels, remove_channels
+from quantizers.pruning.flgc import (
+    GroupedConv2d,
+    Grouping,
+    LearnedGroupConv2d,
+    group_convolutions,
+    learn_groups,
+    learned_groups,
+    make_dense,
+)
+from quantizers.pruning.gal import (
+    Discriminator,
+    Fista,
+    SoftMasks,
+    discriminator_loss,
+    generator_loss,
+    soft_threshold,
+)
+from quantizers.pruning.groups import (
+    apply_kept,
+    channel_groups,
+)
+from quantizers.pruning.kernel_clusters import (
+    share_kernels,
+)
+from quantizers.pruning.removal import (
+    mask_channels,
+    remove_channels,
+)
+from quantizers.pruning.shrinking import (
+    prune,
+)
 
 __all__ = [
-    "L1",
-    "L2",
     "BatchNormScale",
     "ChannelGroup",
     "ChannelGroups",
+    "CollaborativeChannels",
     "Criterion",
+    "Discriminator",
+    "Fista",
     "GeometricMedian",
+    "GroupedConv2d",
+    "Grouping",
     "KernelSparsityEntropy",
+    "L1",
+    "L2",
+    "LearnedGroupConv2d",
     "MainSubsidiary",
     "Member",
     "Random",
     "Ranking",
     "ScoreRanking",
+    "SoftMasks",
     "Taylor",
     "WithConstants",
+    "apply_kept",
     "channel_groups",
     "criterion_names",
     "criterion_rows",
+    "discriminator_loss",
+    "generator_loss",
+    "group_convolutions",
     "kept_channels",
     "kept_share",
     "layerwise_pruning",
+    "learn_groups",
+    "learned_groups",
+    "make_dense",
     "mask_channels",
     "masked_layers",
+    "prune",
     "remove_channels",
     "remove_filters",
     "select",
+    "share_kernels",
+    "soft_threshold",
 ]

@@ -39,7 +39,7 @@ from quantizers.plugins import (
     origin,
     place,
 )
-from quantizers.pruning.groups import ChannelGroup, ChannelGroups
+from quantizers.pruning.channels import ChannelGroup, ChannelGroups
 
 GROUP = "quantizers.criteria"  # of entry points
 

@@ -18,7 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 from quantizers.batches import BATCH, Batches, batches_of, called, copied, prepared
 from quantizers.calling import Forward, count_of, device_of, inputs_of, samples, targets_of, to_device
 from quantizers.copying import evaluating
-from quantizers.pruning.groups import ChannelGroup, ChannelGroups, is_depthwise
+from quantizers.pruning.channels import IN, ChannelGroup, ChannelGroups
+from quantizers.pruning.layers import has_one_input_per_group
 
 
 @torch.inference_mode(False)
@@ -64,11 +65,19 @@ def gate_gradients(
 
 
 def gated_layers(network: nn.Module, group: ChannelGroup) -> tuple[str, ...]:
-    """Return the layers at whose inputs the gates of a group stand.
+    """Return the names of the layers at whose inputs the gates of a group stand.
 
     A depthwise convolution hands on each channel to whoever reads it next, where the gate stands already.
     """
-    return tuple(name for name in group.readers if not is_depthwise(network.get_submodule(name)))
+    modules = dict(network.named_modules())
+    found = []
+    for member in group.members:
+        module = modules.get(member.module)
+        if member.dim != IN or not isinstance(module, _ConvNd | nn.Linear):
+            continue
+        if not (isinstance(module, _ConvNd) and has_one_input_per_group(module)):
+            found.append(member.module)
+    return tuple(found)
 
 
 def _parts(network: nn.Module, batches: Batches, forward: Forward | None) -> Iterator[tuple[Any, Any, int]]:
@@ -150,9 +159,8 @@ def _of_group(group: ChannelGroup, readers: Sequence[str], by_layer: dict[str, T
     """Sum derivatives over all places of each channel of a group: (samples, channels)."""
     total = torch.zeros(count, group.channels, dtype=torch.float64)
     for member in group.members:
-        if member.dim == "in" and member.module in readers and member.module in by_layer:
-            for channel, places in enumerate(member.places):
-                total[:, channel] += by_layer[member.module][:, list(places)].sum(1)
+        if member.dim == IN and member.module in readers and member.module in by_layer:
+            total += by_layer[member.module][:, torch.from_numpy(member.positions)].sum(2)
     return total
 
 

@@ -6,15 +6,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from quantizers.pruning.groups import ChannelGroup
+from quantizers.pruning.channels import IN, OUT, ChannelGroup
+from quantizers.pruning.layers import is_depthwise
+
+
+def writing_layers(network: nn.Module, group: ChannelGroup) -> list[str]:
+    """Return the names of all layers that write the channels of a group.
+
+    These are its `writers`, and layers that aren't quantized: transposed convolutions, embeddings.
+    """
+    modules = dict(network.named_modules())
+    kinds = _ConvNd | nn.Linear | nn.Embedding
+    return [member.module for member in group.members if member.dim == OUT and isinstance(modules.get(member.module), kinds)]
+
+
+def reading_layers(network: nn.Module, group: ChannelGroup) -> list[str]:
+    """Return the names of all layers that read the channels of a group: its `readers`, and transposed convolutions."""
+    modules = dict(network.named_modules())
+    found = []
+    for member in group.members:
+        module = modules.get(member.module)
+        if isinstance(module, _ConvNd | nn.Linear) and (member.dim == IN or is_depthwise(module)):
+            found.append(member.module)
+    return found
 
 
 def output_filters(layer: nn.Module) -> Tensor:
-    """Return the filter of every output channel of a convolution or linear layer, shape (outputs, values).
+    """Return the filter of every output channel of a convolution, linear or embedding layer, shape (outputs, values).
 
     Raises:
         ValueError: For a layer of another kind.
     """
+    if isinstance(layer, nn.Embedding):
+        return layer.weight.detach().double().cpu().T
     weight = _weight_of(layer)
     if isinstance(layer, _ConvTransposeNd):
         # (inputs, outputs / groups, ...): the inputs of a group are together.
@@ -54,7 +78,7 @@ def writer_filters(network: nn.Module, group: ChannelGroup, writer: str) -> Tens
     Returns:
         Filters of shape (channels, values), float64 on the CPU; those of all places of a channel one after the other.
     """
-    return gathered(output_filters(network.get_submodule(writer)), group, writer, "out")
+    return gathered(output_filters(network.get_submodule(writer)), group, writer, OUT)
 
 
 def reader_kernels(network: nn.Module, group: ChannelGroup, reader: str) -> Tensor:
@@ -70,9 +94,9 @@ def reader_kernels(network: nn.Module, group: ChannelGroup, reader: str) -> Tens
         all places of a channel are one kernel: it is a convolution as large as its map.
     """
     layer = network.get_submodule(reader)
-    dim = "in"
-    if reader in group.writers:  # a depthwise convolution, whose channels have one name for both sides
-        dim = "out"
+    dim = IN
+    if is_depthwise(layer):  # its channels have one name for both sides
+        dim = OUT
     kernels = input_kernels(layer).transpose(1, 2)  # places and values become neighbours
     outputs = kernels.shape[-1]
     return gathered(kernels.flatten(1), group, reader, dim).unflatten(1, (-1, outputs)).transpose(1, 2)
@@ -91,18 +115,12 @@ def gathered(rows: Tensor, group: ChannelGroup, module: str, dim: str) -> Tensor
         Shape (channels, places * values).
 
     Raises:
-        ValueError: Naming the module, if its channels have different numbers of places.
+        ValueError: Naming the module, if it is no part of the group.
     """
-    made = []
-    for member in group.members:
-        if member.module != module or member.dim != dim:
-            continue
-        if len({len(places) for places in member.places}) != 1:
-            raise ValueError(f"channels of group {group.name!r} have different numbers of places in layer {module!r}")
-        made.append(rows[torch.tensor(member.places)].flatten(1))
-    if not made:
+    members = [member for member in group.members if (member.module, member.dim) == (module, dim)]
+    if not members:
         raise ValueError(f"layer {module!r} is no part of group {group.name!r}")
-    return torch.cat(made, 1)
+    return torch.cat([rows[torch.from_numpy(member.positions)].flatten(1) for member in members], 1)
 
 
 def _weight_of(layer: nn.Module) -> Tensor:

@@ -23,7 +23,7 @@ from tests.commands.test_robustness_command import lessen
 from tests.hw_models.conftest import install
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("scheme", "model", "target", "solver", "objective", "attack", "exporter", "net", "data")
+KINDS = ("scheme", "model", "target", "solver", "objective", "attack", "exporter", "method", "net", "data")
 # What may be given for each option of a search: the name in the plug-in's pyproject.toml, or the place itself.
 NAMES = {
     "--network": "plugin_net",

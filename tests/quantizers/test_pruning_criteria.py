@@ -16,7 +16,8 @@ from quantizers.pruning.criteria.norm import filter_norms
 from quantizers.pruning.criterion import channels_of
 from quantizers.pruning.weights import input_kernels, output_filters, reader_kernels, writer_filters
 
-OWN = ("l1", "l2", "bn-scale", "fpgm", "kse", "taylor", "random")
+SCORED = ("l1", "l2", "bn-scale", "fpgm", "kse", "taylor", "random")
+OWN = (*SCORED, "ccp")
 
 
 class Residual(nn.Module):
@@ -262,7 +263,7 @@ def test_weights_of_a_groups_channels(network: nn.Module, groups: ChannelGroups)
 # Rankings
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", SCORED)
 def test_kept_channels_are_nested_and_the_same_every_time(name: str, network: nn.Module, groups: ChannelGroups) -> None:
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     ranking = prepared(name, network, groups)

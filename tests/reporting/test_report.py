@@ -604,8 +604,8 @@ DAMAGE: list[tuple[str, Any, str]] = [
     ),
     (
         "policy.json",
-        lambda p: _text(p, '"version": 1', '"version": 2'),
-        "run/policy.json has version 2; this release reads version 1: it was made by a newer version of haq",
+        lambda p: _text(p, '"version": 1', '"version": 3'),
+        "run/policy.json has version 3; this release reads versions 1 and 2: it was made by a newer version of haq",
     ),
     ("history.csv", lambda p: _text(p, "solver,", "saviour,"), "run/history.csv has the columns "),
     ("history.csv", lambda p: _text(p, "ddpg,1,8-", "ddpg,1,9-"), "run/history.csv, line 2: the weight bits are '9-"),

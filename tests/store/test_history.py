@@ -38,6 +38,7 @@ def test_a_line_is_what_it_was() -> None:
         st.none() | POSITIVE,
         st.just(()),
         st.none() | st.integers(1, 999_999_999),
+        st.just(()),
     )
 )
 def test_rows_are_read_as_they_are_written(row: HistoryRow) -> None:
@@ -46,6 +47,37 @@ def test_rows_are_read_as_they_are_written(row: HistoryRow) -> None:
     assert again.line(True) == row.line(True)
     whole = row._replace(images=None)
     assert HistoryRow.parse(whole.line().removesuffix("\n")) == whole
+
+
+@given(st.lists(st.floats(0, 1, exclude_min=True), min_size=1, max_size=9).map(tuple))
+def test_shares_of_channels_are_read_as_they_are_written(keep: tuple[float, ...]) -> None:
+    line = ROW._replace(keep=keep, images=3).line(True)
+    again = HistoryRow.parse(line.removesuffix("\n"), tells_images=True, tells_keep=True, groups=len(keep))
+    assert again.keep == keep
+    assert again.line(True) == line
+
+
+def test_a_history_tells_what_is_kept_of_channels_where_some_are_pruned(tmp_path: Path) -> None:
+    path = tmp_path / "history.csv"
+    rows = [ROW._replace(keep=(1.0, 0.125)), ROW._replace(evaluation=2, keep=(0.5, 1.0), others=(40.0,))]
+    rows[0] = rows[0]._replace(others=(50.0,))
+    history.write(path, rows[:1], others=("storage",), tells_keep=True)
+    history.append(path, rows[1])
+    assert path.read_text().splitlines()[0] == f"{HEADER.strip()},keep,storage"
+    assert path.read_text().splitlines()[1].endswith(",1,,1-0.125,50.0")
+    assert history.read(path, 3, groups=2) == rows
+    assert history.read(path) == rows
+    for groups, sentence in ((0, "has a column 'keep', and no channels are pruned"), (3, "of 2 groups of channels, the")):
+        with pytest.raises(ValueError, match=sentence):
+            history.read(path, 3, groups=groups)
+    for wrong in ("1-0", "1-2", "0-1", "1", "1-0.5-", "1e-1-1", ""):
+        path.write_text(path.read_text().replace("1-0.125", wrong))
+        with pytest.raises(ValueError, match=r"history.csv, line 2: keep (is|has|of)"):
+            history.read(path, 3, groups=2)
+        path.write_text(path.read_text().replace(f",1,,{wrong},50", ",1,,1-0.125,50"))
+    history.write(path, [ROW])
+    with pytest.raises(ValueError, match="has no column 'keep', and channels are pruned here"):
+        history.read(path, 3, groups=2)
 
 
 def test_rows_are_added_and_a_line_that_has_no_end_does_not_count(tmp_path: Path) -> None:

@@ -158,8 +158,8 @@ def test_files_of_other_versions_are_refused_with_what_to_do(name: str, version:
         ({"layers": [{"name": "a", "weight_bits": 0, "activation_bits": 1}]}, "or null for float, not 0"),
         ({"layers": 2 * [{"name": "a", "weight_bits": 1, "activation_bits": 1}]}, "layer 'a' is named twice"),
         ({"layers": 10_001 * [{"name": "a"}]}, "it must have at most 10000"),
-        ({"version": 2}, "has version 2; this release reads version 1: it was made by a newer version of haq, upgrade"),
-        ({"version": True}, "has version True; this release reads version 1"),
+        ({"version": 3}, "has version 3; this release reads versions 1 and 2: it was made by a newer version of haq, upgrade"),
+        ({"version": True}, "has version True; this release reads versions 1 and 2"),
         ({"schema": "bits"}, "its schema is 'bits', not 'haq-bit-policy'"),
     ],
 )

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from quantizers.pruning.channels import ChannelGroup
 from quantizers.pruning.criteria.norm import relative
 from quantizers.pruning.criterion import Criterion
-from quantizers.pruning.groups import ChannelGroup
 from quantizers.pruning.weights import gathered
 
 
@@ -33,8 +33,9 @@ class BatchNormScale(Criterion, name="bn-scale"):
             ValueError: Naming the group, if no batch norm with a scale is in it.
         """
         made = []
+        modules = dict(network.named_modules())
         for member in group.members:
-            module = network.get_submodule(member.module)
+            module = modules.get(member.module)
             if not isinstance(module, _BatchNorm) or module.weight is None:
                 continue
             scales = module.weight.detach().double().cpu().abs()[:, None]

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from quantizers.pruning.channels import ChannelGroup
 from quantizers.pruning.criterion import Criterion
-from quantizers.pruning.groups import ChannelGroup
-from quantizers.pruning.weights import writer_filters
+from quantizers.pruning.weights import writer_filters, writing_layers
 
 
 def summed_distances(filters: Tensor) -> Tensor:
@@ -42,7 +42,8 @@ class GeometricMedian(Criterion, name="fpgm"):
 
     def scores(self, network: nn.Module, group: ChannelGroup) -> Tensor:
         """Return the summed distances of the channels' filters."""
-        parts = [spread_to_one(writer_filters(network, group, writer)) for writer in group.writers]
+        writers = writing_layers(network, group)
+        parts = [spread_to_one(writer_filters(network, group, writer)) for writer in writers]
         return summed_distances(torch.cat(parts, 1))
 
 

@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from quantizers.pruning.channels import ChannelGroup
 from quantizers.pruning.criterion import Criterion
-from quantizers.pruning.groups import ChannelGroup
-from quantizers.pruning.weights import reader_kernels
+from quantizers.pruning.weights import reader_kernels, reading_layers
 
 NEIGHBOURS = 5
 
@@ -123,7 +123,7 @@ class KernelSparsityEntropy(Criterion, name="kse"):
             ValueError: Naming the group, if no convolution or linear layer reads it.
         """
         made = []
-        for reader in group.readers:
+        for reader in reading_layers(network, group):
             kernels = reader_kernels(network, group, reader)
             made.append(kernel_importance(kernels, self.neighbours, self.entropy_weight))
         if not made:

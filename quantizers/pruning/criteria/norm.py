@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from quantizers.pruning.channels import ChannelGroup
 from quantizers.pruning.criterion import Criterion
-from quantizers.pruning.groups import ChannelGroup
-from quantizers.pruning.weights import writer_filters
+from quantizers.pruning.weights import writer_filters, writing_layers
 
 
 def filter_norms(filters: Tensor, order: int) -> Tensor:
@@ -59,7 +59,7 @@ class Norm(Criterion):
     def scores(self, network: nn.Module, group: ChannelGroup) -> Tensor:
         """Return the mean over the layers that write the group of the channels' relative norms."""
         made = []
-        for writer in group.writers:
+        for writer in writing_layers(network, group):
             norms = filter_norms(writer_filters(network, group, writer), self.order)
             made.append(relative(norms))
         return torch.stack(made).mean(0)

@@ -7,8 +7,8 @@ from torch import nn
 
 from quantizers.batches import Batches
 from quantizers.calling import Forward
+from quantizers.pruning.channels import ChannelGroups
 from quantizers.pruning.criterion import Criterion, Loss, Ranking, ScoreRanking
-from quantizers.pruning.groups import ChannelGroups
 
 
 class Random(Criterion, name="random"):

@@ -13,9 +13,9 @@ from torch import nn
 
 from quantizers.batches import Batches
 from quantizers.calling import Forward
+from quantizers.pruning.channels import ChannelGroups
 from quantizers.pruning.criterion import Criterion, Loss, Ranking, ScoreRanking, checked_scores
 from quantizers.pruning.gates import gate_gradients
-from quantizers.pruning.groups import ChannelGroups
 
 
 class Taylor(Criterion, name="taylor"):
