@@ -622,16 +622,17 @@ class ChannelProblem(Problem):
         """Return what the layers cost for given channels, by every limit that is a sum.
 
         Args:
-            numbers: An option for every channel decision, shape (channel decisions,).
+            numbers: Options of the channel decisions, shape (policies, channel decisions).
 
         Returns:
-            In the order of `limits`, shape (limits, layers, 10, 10); infinite for pairs of widths that the target can't do.
+            In the order of `limits`, shape (policies, limits, layers, 10, 10); infinite for pairs of widths that the target
+            can't do.
         """
         costs = self._costs
         assert costs is not None
-        found = costs.of_cells(costs.rows(self._shapes.sizes(self._counts(np.asarray(numbers)[None]))))[0]
+        found = costs.of_cells(costs.rows(self._shapes.sizes(self._counts(numbers))))
         columns = [costs.metrics.index(limit.metric) for limit in self.limits if limit.is_sum]
-        return found[columns].reshape(len(columns), len(self.workload), PLACES, PLACES)
+        return found[:, columns].reshape(len(numbers), len(columns), len(self.workload), PLACES, PLACES)
 
     def elements_at(self, numbers: Numbers) -> Numbers:
         """Return how many values every activation holds for one image.
