@@ -24,7 +24,7 @@ from quantizers.layers import QuantLayer
 from quantizers.policy import QUANTIZABLE
 from quantizers.pruning.channels import IN, OUT, ChannelGroup, ChannelGroups, Member
 from quantizers.pruning.dependencies import read_groups
-from quantizers.pruning.layers import is_depthwise
+from quantizers.pruning.layers import MAKERS, is_depthwise
 from quantizers.pruning.removal import Kept, remove_channels
 from quantizers.pruning.trial import Trial
 
@@ -54,9 +54,7 @@ def channel_groups(network: nn.Module, example: Any, *, forward: Forward | None 
         made = copy_network(network).eval()
         for parameter in made.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        given = to_device(as_tensors(example), device_of(made))
-        given = samples(given, count_of(given), 0, SAMPLES)
-        _try_call(made, given, forward or call)
+        given = _example(made, to_device(as_tensors(example), device_of(made)), forward or call)
         trial = Trial(made, given, forward)
         read = read_groups(made, given, forward)
         failed = trial.failures(read.groups)
@@ -90,6 +88,8 @@ def _check(network: nn.Module) -> None:
     """Refuse networks that can't be copied smaller."""
     if hasattr(network, "_orig_mod"):
         raise ValueError("the network is compiled: prune what was compiled (its `_orig_mod`), and compile the result")
+    if not any(isinstance(module, MAKERS) for module in network.modules()):
+        raise ValueError(f"{type(network).__name__} has no convolution or linear layer whose channels could be removed")
     for name, module in network.named_modules():
         if isinstance(module, QuantLayer):
             raise ValueError(f"the network is quantized (layer {name!r}): prune the float network, and quantize what is left")
@@ -101,9 +101,15 @@ def _check(network: nn.Module) -> None:
             )
 
 
-def _try_call(network: nn.Module, example: Any, forward: Forward) -> None:
-    try:
-        forward(network, copied(example))
-    except Exception as error:  # whatever a network raises for inputs that aren't its own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"the network can't be run on the example, so its channels can't be followed ({reason})") from error
+def _example(network: nn.Module, example: Any, forward: Forward) -> Any:
+    """Return as much of an example as is needed, or all of it, for a network that takes no part of it."""
+    few = samples(example, count_of(example), 0, SAMPLES)
+    for given in (few, example):
+        try:
+            forward(network, copied(given))
+            return given
+        except Exception as error:  # whatever a network raises for inputs that aren't its own
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            refused = ValueError(f"the network can't be run on the example, so its channels can't be followed ({reason})")
+            refused.__cause__ = error
+    raise refused

@@ -453,6 +453,24 @@ def test_bad_examples_are_a_sentence() -> None:
         channel_groups(network, IMAGES)
 
 
+def test_no_layer_at_all_is_a_sentence() -> None:
+    with pytest.raises(ValueError, match="Sequential has no convolution or linear layer whose channels could be removed"):
+        channel_groups(nn.Sequential(nn.ReLU()), torch.zeros(1, 2))
+
+
+def test_one_image_without_a_batch() -> None:
+    network = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 2))
+    assert list(channel_groups(network, IMAGES[0])) == ["0"]
+
+
+def test_layers_without_maps() -> None:
+    network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    example = torch.randn(3, 4)
+    groups = channel_groups(network, example)
+    assert {name: group.channels for name, group in groups.items()} == {"0": 6, "2": 5}
+    check_removal(network, groups, example)
+
+
 def test_a_quantized_network_is_refused() -> None:
     network = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 2))
     made = Q.quantize(network, Q.BitPolicy.uniform(network, 8, 8), calibrate=IMAGES)

@@ -82,11 +82,14 @@ def difference(given: Any, expected: Any) -> float:
     return largest
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "least"),
-    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
-    ids=lambda value: str(value),
-)
+CASES = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+
+
+def weights_of(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(("name", "size", "least"), CASES, ids=str)
 def test_removal_is_masking(name: str, size: int, least: int) -> None:
     torch.manual_seed(0)
     network = drawn(load(name, classes=10, pretrained=False).module)
