@@ -57,8 +57,8 @@ class VariantCosts:
         """
         if getattr(target, "columns", None) == BY_NAME:
             raise ValueError(
-                f"{target.name} tells costs by the names of layers, and so none of layers with fewer channels: give a table by "
-                "shapes (kind, in_channels, out_channels, kernel, ...), or another target"
+                f"{target.name} tells costs by the names of layers, and so none of layers with fewer channels: give a table "
+                "by shapes (kind, in_channels, out_channels, kernel, ...), or another target"
             )
         self.target, self.table = target, table
         self.metrics = tuple(metric for metric in metrics if metric != PEAK)

@@ -26,6 +26,7 @@ from haq.problem.snapshot import Snapshot
 from quantizers.batches import called, copied, prepared
 from quantizers.calling import Forward, leaves, map_tensors
 from quantizers.correction import distance
+from quantizers.kept import RECORD
 from quantizers.norms import is_frozen, running_norms, take_statistics
 from quantizers.pruning.channels import ChannelGroups
 from quantizers.pruning.criterion import Criterion, Ranking
@@ -152,6 +153,8 @@ class ChannelEvaluator(Evaluator):
             made = Q.float_copy(self.network, keep_residuals=True)
             for quantizer in residual_quantizers(made).values():
                 quantizer.calibrated = False
+            # Shares are of the channels that the problem's network has, whatever was removed before.
+            made.__dict__.pop(RECORD, None)
             self._source = made.eval()
         return self._source
 

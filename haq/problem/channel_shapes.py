@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_models.workload import Layer, Workload
-from quantizers.pruning.channels import ChannelGroup
+from quantizers.pruning.channels import IN, OUT, ChannelGroup
 
 Integers = NDArray[np.int64]
 
@@ -66,7 +66,7 @@ class Shapes:
         self._check_layers()
 
     def _places_of_channels(self) -> NDArray[np.float64]:
-        """Tell how many inputs, outputs and convolution groups of each layer a channel of each group is: (groups, 3, layers)."""
+        """Tell how many inputs, outputs and convolution groups of each layer a channel is, shape (groups, 3, layers)."""
         numbers = {layer.name: index for index, layer in enumerate(self.workload.layers)}
         taken = np.zeros((len(self.groups), *self._sizes.shape))
         for row, group in zip(taken, self.groups, strict=True):
@@ -76,12 +76,12 @@ class Shapes:
                     continue
                 layer = self.workload.layers[index]
                 count = len(member.places[0])
-                if layer.kind == "depthwise":
-                    row[:, index] += count  # each channel is an input, an output and a convolution group
-                elif member.dim == "in":
-                    row[0, index] += count
-                else:
-                    row[1, index] += count
+                reads, writes = member.dim == IN, member.dim == OUT
+                if layer.groups == layer.in_channels == layer.out_channels > 1:
+                    reads = writes = True  # each channel is an input and an output
+                row[0, index] += count * reads
+                row[1, index] += count * writes
+                row[2, index] += count * (reads and layer.kind == "depthwise")
         return taken
 
     def touched(self, group: int) -> tuple[int, ...]:
@@ -179,8 +179,8 @@ class Shapes:
         for one, other in zip(expected, found, strict=False):
             if one != other:
                 raise ValueError(
-                    f"layer {one.name!r} has the shape {other.shape} once channels are removed, and its groups of channels say "
-                    f"{one.shape}: what becomes of it can't be followed, so that channels of this network can't be searched"
+                    f"layer {one.name!r} has the shape {other.shape} once channels are removed, and its groups of channels "
+                    f"say {one.shape}: what becomes of it can't be followed, so channels of this network can't be searched"
                 )
         if len(expected) != len(found):
             raise ValueError(

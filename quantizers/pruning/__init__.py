@@ -3,6 +3,7 @@
 from quantizers.kept import (
     kept_channels,
 )
+from quantizers.pruning.blocks import ResidualBlock, remove_blocks, removed_blocks, residual_blocks
 from quantizers.pruning.channels import (
     ChannelGroup,
     ChannelGroups,
@@ -86,6 +87,7 @@ __all__ = [
     "Random",
     "Ranking",
     "ScoreRanking",
+    "ResidualBlock",
     "SoftMasks",
     "Taylor",
     "WithConstants",
@@ -105,8 +107,11 @@ __all__ = [
     "mask_channels",
     "masked_layers",
     "prune",
+    "remove_blocks",
     "remove_channels",
     "remove_filters",
+    "removed_blocks",
+    "residual_blocks",
     "select",
     "share_kernels",
     "soft_threshold",

@@ -62,7 +62,19 @@ class Joined(nn.Module):
         return self.classifier(self.pool(x).mean((2, 3)))
 
 
-NETWORKS = {"residual": Residual, "separable": Separable, "joined": Joined}
+class Grouped(nn.Module):
+    """Convolutions in groups, and one that makes two channels of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.grouped, self.twice = conv(3, 16), conv(16, 16, groups=4), conv(16, 32, groups=16)
+        self.mix, self.classifier = conv(32, 8, 1), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.mix(self.twice(self.grouped(self.stem(x)))).mean((2, 3)))
+
+
+NETWORKS = {"grouped": Grouped, "residual": Residual, "separable": Separable, "joined": Joined}
 
 
 def network_of(name: str) -> nn.Module:

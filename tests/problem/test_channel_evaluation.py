@@ -156,6 +156,16 @@ def test_a_bad_policy_is_cut_short_and_the_rest_is_as_ever() -> None:
     assert float(by_sample.double().mean()) == pytest.approx(whole.value)
 
 
+def test_a_network_that_was_pruned_before_counts_as_it_is() -> None:
+    network = network_of("residual")
+    groups = Q.channel_groups(network, images(2))
+    network = Q.remove_channels(network, groups, {"body.0.0": range(8)})
+    problem = problem_of(network)
+    policy = problem.uniform(8).with_keep({"body.0.0": 0.5})
+    assert problem.evaluate(policy) == problem.evaluator.measure(problem.quantized(policy))
+    assert problem.channel_words(policy.keep)["body.0.0"] == "4 of 8"
+
+
 def test_other_samples_judge_the_same_network() -> None:
     problem = problem_of("residual")
     policy = drawn(problem, 1)
