@@ -394,7 +394,7 @@ def test_two_halves_that_must_stay_as_large_are_fixed() -> None:
 class Recurrent(nn.Module):
     """A convolution in front of a recurrent layer."""
 
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: Any) -> None:
         super().__init__()
         self.first, self.recurrent, self.head = nn.Conv1d(3, 6, 3), kind(6, 5, batch_first=True), nn.Linear(5, 2)
 
@@ -404,7 +404,7 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_what_recurrent_layers_read_is_fixed(kind: type[nn.RNNBase]) -> None:
+def test_what_recurrent_layers_read_is_fixed(kind: Any) -> None:
     groups = channel_groups(Recurrent(kind), torch.randn(2, 3, 9))
     assert not list(groups)
     assert set(groups.fixed) == {"first", "head"}
