@@ -23,6 +23,8 @@ Place = tuple[str, str, int]  # a module or tensor, the dimension, the position 
 MOVING = {"view", "reshape", "transpose", "swapaxes", "permute", "movedim", "flatten", "unflatten", "contiguous"}
 MOVING |= {"channel_shuffle", "native_channel_shuffle"}
 INPUT = "input{}"  # the parameter that stands for an input while the network is followed
+MOST_PLACES = 10_000  # of a channel, in the whole network
+MOST_VISITS = 50  # of a node
 LOST = "what becomes of them on the way to the outputs can't be followed"
 SHUFFLE = "shuffle "  # a name that no module has
 UNSIGNED = 2**64
@@ -234,6 +236,8 @@ class _Reading:
         node = self.graph.module2node[root]
         start = [index(idx=channel, root_idx=channel) for channel in range(count)]
         seen: dict[Any, set[Any]] = {}
+        visits: Counter[Any] = Counter()
+        left = MOST_PLACES * count
         todo = [(node, pruner.prune_out_channels, start)]
         while todo:
             node, side, channels = todo.pop()
@@ -242,6 +246,12 @@ class _Reading:
             if not new:
                 continue
             known.update(new)
+            visits[node, side] += 1
+            left -= len(new)
+            if left < 0 or visits[node, side] > MOST_VISITS:
+                # Every channel comes back as others, again and again, as in a recurrent layer.
+                self.reasons.update({(self.names[root], OUT, channel): LOST for channel in range(count)})
+                return
             self._join(root, node, side, new)
             self._tie_shuffled(root, node, new)
             triggered = [dependency for dependency in node.dependencies if dependency.is_triggered_by(side)]

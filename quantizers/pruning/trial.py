@@ -20,6 +20,7 @@ from quantizers.pruning.removal import mask_channels, remove_channels
 SEED = 1
 SAME = 1e-9  # of the largest value, in double precision
 SAME_SINGLE = 1e-4
+WHOLE = 2  # trials in which channels of all groups are removed
 DIFFERS = "without them the network computes something else than with zeros in their places"
 
 
@@ -122,11 +123,12 @@ class Trial:
     def _failure(self, groups: Sequence[ChannelGroup]) -> str:
         """Say in what way removal of channels of some groups isn't what masking is; nothing if it is.
 
-        Channels of all of them are removed, and then of some and not of others, so that of any two groups once the one is
-        smaller and the other as it was: two halves that must stay as large are no two groups.
+        Channels of all of them are removed, once the first and once not, and then of some groups and not of others, so that
+        of any two groups once the one is smaller and the other as it was: two halves that must stay as large are no two
+        groups.
         """
-        for number in range(1 + (len(groups) - 1).bit_length()):
-            chosen = [group for place, group in enumerate(groups) if number == 0 or place >> (number - 1) & 1]
+        for number in range(WHOLE + (len(groups) - 1).bit_length()):
+            chosen = [group for place, group in enumerate(groups) if number < WHOLE or place >> (number - WHOLE) & 1]
             kept = {group.name: self._some(group, number) for group in chosen if group.units > 1}
             if kept and (reason := self._difference(groups, kept)):
                 return reason
@@ -149,11 +151,14 @@ class Trial:
         return ""
 
     def _some(self, group: ChannelGroup, number: int) -> list[int]:
-        """Choose channels of a group to keep, another choice for every name and number; not all of them."""
+        """Choose channels of a group to keep, others for every name and number; the first unit only for odd numbers."""
         generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()) + number)
         count = int(torch.randint(1, group.units, (1,), generator=generator))
-        units = torch.randperm(group.units, generator=generator)[:count].sort().values.tolist()
-        return [unit * group.unit + place for unit in units for place in range(group.unit)]
+        if number % 2:
+            units = [0, *(1 + torch.randperm(group.units - 1, generator=generator)[: count - 1]).tolist()]
+        else:
+            units = (1 + torch.randperm(group.units - 1, generator=generator)[:count]).tolist()
+        return [unit * group.unit + place for unit in sorted(units) for place in range(group.unit)]
 
 
 def _as_double(tensor: Tensor) -> Tensor:

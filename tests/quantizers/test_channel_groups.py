@@ -550,7 +550,7 @@ def networks(draw: st.DrawFn) -> nn.Module:
 
 
 @given(networks(), st.integers(0, 1000))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_removal_is_masking_on_random_networks(network: nn.Module, seed: int) -> None:
     example = IMAGES[:, :, :6, :6].double()
     network = seeded(network)
