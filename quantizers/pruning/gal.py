@@ -140,9 +140,10 @@ class Fista:
 class _MaskedInput:
     """A hook that multiplies what a layer reads by masks: of each position of the input, the mask that counts for it."""
 
-    def __init__(self, mask: nn.Parameter, index: Tensor) -> None:
+    def __init__(self, mask: nn.Parameter, index: Tensor, axis: int) -> None:
         self.mask = mask
         self.index = index  # of every position its unit of the mask; the last number for a position that has none
+        self.axis = axis  # of the layer's weight, along which the positions lie
 
     def values(self) -> Tensor:
         """Return what every position is multiplied by."""
@@ -208,7 +209,7 @@ class SoftMasks(nn.Module):
             for member in group.members:
                 if member.dim == IN:
                     layer = network.get_submodule(member.module)
-                    hook = _MaskedInput(mask, _index(group, member.places, _inputs_of(layer)))
+                    hook = _MaskedInput(mask, _index(group, member.places, _inputs_of(layer)), member.axis)
                     self._readers.append((member.module, hook))
                     self._handles.append(layer.register_forward_pre_hook(hook))
         self.block_masks = nn.ParameterList(
@@ -233,9 +234,7 @@ class SoftMasks(nn.Module):
         """
         self.detach_from_network()
         for name, hook in self._readers:
-            weight = network.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            weight.mul_(hook.values().view(1, -1, *[1] * (weight.dim() - 2)))
+            _scale_inputs(network.get_submodule(name), hook.values(), hook.axis)
         for mask, block in zip(self.block_masks, self.blocks.values(), strict=True):
             scale_output([network.get_submodule(block.last)], mask)
 
@@ -262,6 +261,21 @@ class SoftMasks(nn.Module):
     def zeros(self) -> int:
         """Count the masks of channels that are exactly zero."""
         return sum(int((mask == 0).sum()) for mask in self.masks)
+
+
+def _scale_inputs(layer: nn.Module, values: Tensor, axis: int) -> None:
+    """Multiply the weights of a layer by a value for each position of its input."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    groups = getattr(layer, "groups", 1)
+    if axis == 0 or groups == 1:
+        shape = [1] * weight.dim()
+        shape[axis] = -1
+        weight.mul_(values.view(shape))
+        return
+    # The filters of a grouped convolution have weights for the inputs of their own group alone.
+    by_group = weight.view(groups, -1, *weight.shape[1:])
+    by_group.mul_(values.view(groups, 1, -1, *[1] * (weight.dim() - 2)))
 
 
 def _index(group: ChannelGroup, places: Sequence[Sequence[int]], size: int) -> Tensor:
