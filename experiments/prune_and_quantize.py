@@ -14,14 +14,12 @@ is fine-tuned for as many epochs, on as many images, with the float network as t
     joint       both at once
 
 First and last layer stay at 8 bits. All methods search with the same solver, and choose in the same way: of a search's best
-policies, a few that differ in kind are fine-tuned for an epoch each, and the one with the best accuracy on the search images
-is fine-tuned from its start. Accuracies are on the test split, which nothing else sees. A seed is one of the network's
-training, of the search and of fine-tuning, so that differences are paired by it.
+policies, a few that differ in kind are fine-tuned for a few steps each, and the one with the best accuracy on the search
+images is then fine-tuned from its start. Accuracies are on the test split, which nothing else sees. A seed is one of the
+network's training, of the search and of fine-tuning, so that differences are paired by it.
 
 A budget that a method can't reach isn't left out: the cheapest that the method can make stands in its place, which is dearer
 than what the others may cost.
-
-The last table holds criteria against each other, each keeping half of the channels of every group, in float.
 
 Each cell is written as soon as it is there, and a call goes on with what is missing; `--again` does all of them anew.
 """
@@ -32,7 +30,6 @@ import argparse
 import csv
 import functools
 import hashlib
-import inspect
 import itertools
 import logging
 import shlex
@@ -74,11 +71,9 @@ BITS, CHANNELS, TWO_STEPS, JOINT = METHODS = ("bits only", "channels", "two step
 RIVALS = (BITS, TWO_STEPS)
 SEEDS = 3
 SOLVER = "surrogate"
+CALIBRATION = 256  # images
 PRUNE = "0.125:1"
 CRITERION = "l1"
-CRITERIA = ("random", "l1", "l2", "bn-scale", "fpgm", "kse", "ccp", "taylor")
-KEPT = 0.5  # of every group's channels, where criteria are compared
-RANDOM = "random"
 
 
 @dataclass(frozen=True)
@@ -88,20 +83,20 @@ class Effort:
     Attributes:
         evaluations: Of a search, of both searches of two steps together.
         epochs: Of fine-tuning what was found.
-        finalists: Policies of a search that are fine-tuned for an epoch, to choose one of them; 1: the search chooses.
+        finalists: Policies of a search that are fine-tuned for some steps, to choose one of them; 1: the search chooses.
+        steps: These steps.
         images: Of the train split, by which networks are fine-tuned.
         search_images: By which policies are judged.
         training: Epochs of the float network's own training.
     """
 
-    evaluations: int = 60
-    epochs: int = 4
+    evaluations: int = 40
+    epochs: int = 3
     finalists: int = 3
+    steps: int = 40
     images: int = 2000
-    search_images: int = 1000
+    search_images: int = 500
     training: int = 10
-
-
 
 
 class Block(nn.Module):
@@ -159,17 +154,6 @@ class Row(NamedTuple):
         return self[:4]
 
 
-class CriterionRow(NamedTuple):
-    """What a criterion is worth for a seed, at the same number of channels as every other."""
-
-    criterion: str
-    seed: int
-    macs: float
-    float_accuracy: float
-    before: float
-    after: float
-
-
 class Found(NamedTuple):
     """What a method found, not fine-tuned yet."""
 
@@ -195,7 +179,7 @@ class Bench:
         self.effort = effort
         dataset = data.load()
         self.network = trained(seed, effort.training, dataset.train)
-        self.calibration = self.network.preprocess(dataset.train.images[dataset.fair(512)]).contiguous()
+        self.calibration = self.network.preprocess(dataset.train.images[dataset.fair(CALIBRATION)]).contiguous()
         self.tuned_on = _part(dataset.train, effort.images)
         self.judged_by = _part(dataset.search, effort.search_images)
         self.search = self._tensors(self.judged_by)
@@ -226,11 +210,19 @@ class Bench:
             )
         return self._problems[kind, target]
 
-    def tune(self, network: nn.Module, epochs: int, seed: int) -> nn.Module:
+    def tune(self, network: nn.Module, epochs: int, steps: int | None = None) -> nn.Module:
         """Fine-tune a network, with the float network as teacher."""
         if not epochs:
             return network
-        return training.finetune(self.network, network, self.tuned_on, epochs=epochs, seed=seed)
+        return training.finetune(
+            self.network,
+            network,
+            self.tuned_on,
+            epochs=epochs,
+            steps=steps,
+            seed=self.seed,
+            norm_images=self.effort.images // 2,
+        )
 
 
 def trained(seed: int, epochs: int, split: data.Split) -> networks.Network:
@@ -239,9 +231,10 @@ def trained(seed: int, epochs: int, split: data.Split) -> networks.Network:
         torch.manual_seed(seed)
         network = networks.Network("residual", residual().eval(), (1, 28, 28), (0.286,), (0.353,))
     config = training.TrainConfig(epochs, learning_rate=0.1, seed=seed)
-    code = "".join(inspect.getsource(part) for part in (Block, residual, trained))
-    digest = hashlib.sha256(f"{code} {config} {len(split)}".encode()).hexdigest()[:12]
-    file = data.cache_folder() / f"{NAME}-{digest}.safetensors"
+    digest = hashlib.sha256(f"{config} {len(split)}".encode())
+    for tensor in network.module.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    file = data.cache_folder() / f"{NAME}-{digest.hexdigest()[:12]}.safetensors"
     if file.is_file():
         network.module.load_state_dict(load_file(file))
         return network
@@ -308,7 +301,7 @@ def find_in_two_steps(bench: Bench, target: str, budget: float) -> Found:
     pruned = solved(bench, first, effort.evaluations // 2).policy
     smaller = remove(bench.network.module, first, pruned)
     between = min(1, effort.epochs)
-    smaller = bench.tune(refreshed(bench, smaller), between, bench.seed)
+    smaller = bench.tune(refreshed(bench, smaller), between)
     whole = haq.Problem(smaller, bench.calibration, bench.search, target, budget=1.0)
     share = budget * bits.reference / whole.reference
     second, least = within(whole, target, min(share, whole.largest / whole.reference))
@@ -351,14 +344,14 @@ def solved(bench: Bench, problem: Problem, evaluations: int) -> haq.Result:
 
 
 def search(bench: Bench, problem: Problem, evaluations: int) -> Q.BitPolicy:
-    """Search a problem, fine-tune a few policies of different kinds for an epoch, and choose the best of these."""
+    """Search a problem, fine-tune a few policies of different kinds for some steps, and choose the best of these."""
     result = solved(bench, problem, evaluations)
     candidates = finalists(problem, result, bench.effort.finalists)
     if len(candidates) == 1:
         return candidates[0]
     values = []
     for policy in candidates:
-        tuned = bench.tune(problem.quantized(policy), 1, bench.seed)
+        tuned = bench.tune(problem.quantized(policy), 1, bench.effort.steps)
         values.append(accuracy(tuned, bench.search))
     return candidates[int(np.argmax(values))]
 
@@ -417,7 +410,7 @@ def cell_of(bench: Bench, method: str, target: str, budget: float) -> Row:
     effort = bench.effort
     found = find(bench, method, target, budget)
     before = accuracy(found.network, bench.test)
-    tuned = bench.tune(found.network, found.epochs, bench.seed)
+    tuned = bench.tune(found.network, found.epochs)
     weights, activations = mean_widths(found.policy)
     words = [f"{name} {w}/{a}" for name, (w, a) in found.policy.items()]
     words += [f"{group} keeps {share:g}" for group, share in found.keep.items()]
@@ -439,27 +432,6 @@ def cell_of(bench: Bench, method: str, target: str, budget: float) -> Row:
         time.perf_counter() - start,
         "; ".join(words),
     )
-
-
-def criterion_cell(bench: Bench, criterion: str) -> CriterionRow:
-    """Keep the same share of every group's channels by a criterion, and fine-tune in float."""
-    images, labels = next(bench.tuned_on.batches(512))
-    batches = [(bench.network.preprocess(images), labels)]
-    groups = Q.pruning.channel_groups(bench.network.module, bench.calibration[:1])
-    prepared = Q.pruning.Criterion.named(criterion).prepare(
-        bench.network.module,
-        groups,
-        batches=batches,
-        loss=nn.functional.cross_entropy,
-        generator=torch.Generator().manual_seed(bench.seed),
-    )
-    keep = {group.name: KEPT for group in groups.groups}
-    smaller = Q.pruning.remove_channels(bench.network.module, groups, Q.pruning.select(prepared, groups, keep))
-    smaller = refreshed(bench, smaller)
-    share = macs_of(smaller, bench.calibration) / bench.macs
-    before = accuracy(smaller, bench.test)
-    after = accuracy(bench.tune(smaller, bench.effort.epochs, bench.seed), bench.test)
-    return CriterionRow(criterion, bench.seed, share, bench.float_accuracy, before, after)
 
 
 # What is said of them
@@ -499,7 +471,7 @@ def difference(rows: Sequence[Row], target: str, budget: float, rival: str) -> M
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Say where joint is better than bits only and than two steps by more than a standard error, and whether that is enough."""
+    """Say where joint is better than its rivals by more than a standard error, and whether that is enough."""
     lines = []
     good = []
     for target in _present(row.target for row in rows):
@@ -517,9 +489,10 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     on = "none"
     if good:
         on = ", ".join(good)
+    budgets = " and ".join(f"{budget:g}" for budget in JUDGED)
     lines.append(
-        f"joint better than {' and '.join(RIVALS)} by more than a paired standard error, at {' and '.join(map(str, JUDGED))} on "
-        f"at least {MOST_TARGETS} targets: {_holds(len(good) >= MOST_TARGETS)} ({on})"
+        f"joint better than {' and '.join(RIVALS)} by more than a paired standard error, at {budgets} on at least "
+        f"{MOST_TARGETS} targets: {_holds(len(good) >= MOST_TARGETS)} ({on})"
     )
     return lines
 
@@ -573,55 +546,32 @@ def _cells(rows: Sequence[Row], own: Sequence[Row], seeds: int) -> list[str]:
     ]
 
 
-def criteria_table(rows: Sequence[CriterionRow]) -> tuple[list[str], Lines]:
-    """Make the table of criteria."""
-    head = ["criterion", "MACs left", "before", "after fine-tuning", "better than random by"]
-    base = {row.seed: row.after for row in rows if row.criterion == RANDOM}
-    lines = []
-    for criterion in _present(row.criterion for row in rows):
-        own = [row for row in rows if row.criterion == criterion]
-        apart = [row.after - base[row.seed] for row in own if row.seed in base]
-        better = ""
-        if apart and criterion != RANDOM:
-            better = Mean.of(apart).words("+")
-        macs = f"{statistics.mean(row.macs for row in own):.3f}"
-        lines.append(
-            [criterion, macs, *(Mean.of([row[place] for row in own]).words() for place in (4, 5)), better]  # before, after
-        )
-    return head, lines
-
-
 def markdown(head: Sequence[str], lines: Lines) -> str:
     """Write a table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
 
 
-def document(command: str, rows: Sequence[Row], criteria: Sequence[CriterionRow], effort: Effort, seeds: int) -> str:
+def document(command: str, rows: Sequence[Row], effort: Effort, seeds: int) -> str:
     """Write the page."""
     of_float = {row.seed: row.float_accuracy for row in rows}
     minutes = sum(row.seconds for row in rows) / 60
     parts = [
         "# Channels and bits under one budget",
-        f"Made by `experiments/{NAME}.py`, which says what is compared and how; every cell with its policy is in `{NAME}.csv`.",
+        f"Made by `experiments/{NAME}.py`, which says what is compared and how; every cell with its policy is in "
+        f"`{NAME}.csv`.",
         f"    {command}",
-        f"Latency is estimated, and a share of the unpruned network's at 8 bits. Accuracies are measured on the test split, in "
+        "Latency is estimated, and a share of the unpruned network's at 8 bits. Accuracies are measured on the test split, in "
         f"percent: means over {seeds} seeds with their standard errors. The float network has "
         f"{Mean.of(list(of_float.values())).words()}. Searches have {effort.evaluations} evaluations on "
-        f"{effort.search_images:,} images; {effort.finalists} finalists have an epoch of fine-tuning and what is chosen has "
-        f"{effort.epochs}, of {effort.images:,} images. \"Joint better by\" is paired by seed, in points. Where a budget is out "
-        f"of reach of a method, the cheapest that it can make stands in. All cells took {minutes:.0f} minutes of one thread.",
+        f"{effort.search_images:,} images; {effort.finalists} finalists have {effort.steps} steps of fine-tuning, and what is "
+        f"chosen has {effort.epochs} epochs of {effort.images:,} images. By how much joint is better is paired by seed, in "
+        f"points. Where a budget is out of reach of a method, the cheapest that it can make stands in. All cells took "
+        f"{minutes:.0f} minutes of one thread.",
         f"![accuracy after fine-tuning against latency]({NAME}.png)",
         markdown(*table_of(rows, seeds)),
         "Against bits only and two steps:",
         "\n".join(f"* {line}" for line in verdicts(rows)),
     ]
-    if criteria:
-        parts += [
-            "## Criteria at equal MACs",
-            f"Every group keeps {KEPT:g} of its channels, chosen by a criterion; statistics of batch norms are taken anew "
-            f"(before), then the float network is fine-tuned as above.",
-            markdown(*criteria_table(criteria)),
-        ]
     parts += [NOTES]
     return "\n\n".join(parts) + "\n"
 
@@ -647,7 +597,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                     points.append((statistics.mean(row.cost for row in own), 100 * mean.mean, 100 * (mean.error or 0)))
             if points:
                 x, y, error = zip(*sorted(set(points)), strict=True)
-                panel.errorbar(x, y, error, color=f"C{color}", label=method, marker="o", markersize=4, capsize=2, linewidth=1.2)
+                panel.errorbar(
+                    x, y, error, color=f"C{color}", label=method, marker="o", markersize=4, capsize=2, linewidth=1.2
+                )
         panel.set(title=target, xlabel="latency, of 8 bits (estimated)", xscale="log")
         panel.set_xticks([0.1, 0.2, 0.3, 0.5, 1.0], ["0.1", "0.2", "0.3", "0.5", "1"])
         panel.minorticks_off()
@@ -701,15 +653,6 @@ def read_rows(path: Path, effort: Effort) -> list[Row]:
     return rows
 
 
-def read_criteria(path: Path) -> list[CriterionRow]:
-    """Read what an earlier call found of criteria."""
-    rows = []
-    for line in _lines(path):
-        figures = [float(line[name]) for name in CriterionRow._fields[2:]]
-        rows.append(CriterionRow(line["criterion"], int(line["seed"]), *figures))
-    return rows
-
-
 def _lines(path: Path) -> Iterator[dict[str, str]]:
     if not path.is_file():
         return
@@ -737,8 +680,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), metavar="NAME", help=", ".join(TARGETS))
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), metavar="B")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=", ".join(METHODS))
-    parser.add_argument("--criteria", nargs="*", choices=CRITERIA, default=list(CRITERIA), metavar="NAME")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=", ".join(METHODS)
+    )
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"(default: {SEEDS})")
     parser.add_argument("--evaluations", type=int, default=usual.evaluations, help=f"(default: {usual.evaluations})")
     parser.add_argument("--epochs", type=int, default=usual.epochs, help=f"(default: {usual.epochs})")
@@ -749,16 +693,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     effort = Effort(given.evaluations, given.epochs)
     if given.quick:
         given.seeds, given.budgets = 1, given.budgets[:1]
-        effort = Effort(evaluations=6, epochs=1, finalists=2, images=320, search_images=100, training=1)
+        effort = Effort(evaluations=6, epochs=1, finalists=2, steps=3, images=320, search_images=100, training=1)
     out = shared.folder_for(given.out, given.quick, FOLDER)
     command = shlex.join(["python", "-m", f"experiments.{NAME}", *(arguments or sys.argv[1:])])
     rows: list[Row] = []
-    criteria: list[CriterionRow] = []
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         if not given.again:
             rows = read_rows(out / f"{NAME}.csv", effort)
-            criteria = read_criteria(out / f"{NAME}_criteria.csv")
     console = Console(width=180)
     bench = functools.lru_cache(lambda seed: Bench(seed, effort))
 
@@ -768,26 +710,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rows:
             write_rows(out / f"{NAME}.csv", rows)
             draw(rows, out / f"{NAME}.png")
-        if criteria:
-            write_rows(out / f"{NAME}_criteria.csv", criteria)
-        (out / f"{NAME}.md").write_text(document(command, rows, criteria, effort, given.seeds), encoding="utf-8")
+        (out / f"{NAME}.md").write_text(document(command, rows, effort, given.seeds), encoding="utf-8")
 
     with one_thread(), quiet():
-        for budget, seed, target, method in itertools.product(
-            given.budgets, range(given.seeds), given.targets, given.methods
-        ):
+        for budget, seed, target, method in itertools.product(given.budgets, range(given.seeds), given.targets, given.methods):
             cell = (target, budget, method, seed)
             if any(row.cell == cell for row in rows):
                 continue
             row = stand_in(rows, cell) or cell_of(bench(seed), method, target, budget)
             rows.append(row)
             console.print(f"{target}, {budget:g}, {method}, seed {seed}: {_words(row)}", markup=False, highlight=False)
-            save()
-        for seed, criterion in itertools.product(range(given.seeds), given.criteria):
-            if any((row.criterion, row.seed) == (criterion, seed) for row in criteria):
-                continue
-            criteria.append(criterion_cell(bench(seed), criterion))
-            console.print(f"{criterion}, seed {seed}: {100 * criteria[-1].after:.2f}", markup=False, highlight=False)
             save()
     save()
     for line in verdicts(rows):

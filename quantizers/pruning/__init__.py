@@ -3,6 +3,7 @@
 from quantizers.kept import (
     kept_channels,
 )
+from quantizers.pruning.blocks import ResidualBlock, remove_blocks, removed_blocks, residual_blocks
 from quantizers.pruning.channels import (
     ChannelGroup,
     ChannelGroups,
@@ -97,6 +98,7 @@ __all__ = [
     "Random",
     "Ranking",
     "ScoreRanking",
+    "ResidualBlock",
     "SoftMasks",
     "Taylor",
     "WithConstants",
@@ -122,8 +124,11 @@ __all__ = [
     "orthogonal_filters",
     "overlapping_filters",
     "prune",
+    "remove_blocks",
     "remove_channels",
     "remove_filters",
+    "removed_blocks",
+    "residual_blocks",
     "select",
     "share_kernels",
     "shuffled_masks",
