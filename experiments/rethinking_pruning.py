@@ -4,8 +4,8 @@
 
 Liu, Sun, Zhou, Huang, Darrell, "Rethinking the Value of Network Pruning", ICLR 2019: for structured pruning the smaller
 network, trained from random weights, reaches what fine-tuning the pruned one does. Here: four convolutions on
-Fashion-MNIST, the channels of the smallest L1 norm removed from every layer (Li et al., ICLR 2017, `quantizers.prune`), and the
-smaller network
+Fashion-MNIST, the channels of the smallest L1 norm removed from every layer (Li et al., ICLR 2017, `quantizers.prune`),
+and the smaller network
 
     fine-tuned   for a third of the epochs, at a tenth of the learning rate, as is usual
     Scratch-E    from random weights, for as many epochs as the whole network was trained
