@@ -257,7 +257,7 @@ def test_what_is_found_is_really_smaller() -> None:
     inputs = images(48)
     network = fitted_network()
     problem = haq.Problem(
-        network, images(32, 1), (inputs, network(inputs).argmax(1)), "edge", budget=0.25, prune="0.25:1", criterion="fpgm"
+        network, images(32, 1), (inputs, network(inputs).argmax(1)), "edge", budget=0.4, prune="0.25:1", criterion="fpgm"
     )
     result = haq.solve(problem, "surrogate", evaluations=12)
     assert problem.holds(result.policy)
