@@ -35,6 +35,8 @@ GRADES = 32  # prices of a unit of cost that a plan tries
 STEEP, FLAT = 1e3, 1e-4  # the highest and the lowest of them, in parts of what all losses are to all costs
 FAR = 1e6  # parts of a limit that stand for more than any
 ROUNDS = 60  # changes of one group's channels that a plan makes at most
+FEW_GROUPS = 8  # up to which plans within several limits look at what is nearby
+NEARBY_ROUNDS = 2
 AT_ONCE = 512  # choices of channels that are priced together
 CHUNK = 1 << 15  # vectors that are looked at together
 
@@ -275,7 +277,7 @@ class JointCosts:
 
     def used_instead(self, options: Options, place: int) -> Floats:
         """Return what is used of every limit with each option of one place, shape (policies, options, limits)."""
-        if place < self.groups or self._peak is not None:
+        if place < self.groups:
             wide = self.instead(options, place)
             parts = [self.used(part) for part in np.array_split(wide.reshape(-1, options.shape[1]), 1 + wide.size // CHUNK)]
             return np.concatenate(parts).reshape(len(options), wide.shape[1], -1)
@@ -284,8 +286,32 @@ class JointCosts:
         taken = self._prices[:, rows, options[:, self.groups :]]
         taken[:, :, decision] = 0
         others = taken.sum(-1)
-        found = others[:, :, None] + self._prices[:, rows[:, decision], : self.counts[place]]
-        return found.transpose(1, 2, 0) / self.limits
+        sums = others[:, :, None] + self._prices[:, rows[:, decision], : self.counts[place]]
+        found: Floats = sums.transpose(1, 2, 0) / self.limits
+        if self._peak is not None:
+            peaks = self._peaks_instead(options, decision)
+            found = np.concatenate([found, peaks[:, :, None] / self._peak.limit], axis=2)
+        return found
+
+    def _peaks_instead(self, options: Options, decision: int) -> Floats:
+        """Return the peaks of memory with each pair of one decision, shape (policies, options)."""
+        peak = self._peak
+        assert peak is not None
+        elements = self._elements(options[:, : self.groups])
+        widths = peak.widths[np.arange(len(self._decisions)), options[:, self.groups :]]
+        read = np.where(peak.reads, widths[:, None], 0)
+        bits = np.where(peak.reads.any(1), read.max(2), FLOAT_BITS)
+        sizes = -(-elements * bits // 8)
+        alive = peak.alive.T.astype(float)
+        held = sizes.astype(float) @ alive
+        # Only the buffers that the decision reads are other ones.
+        touched = np.flatnonzero(peak.reads[:, decision])
+        read[:, :, decision] = 0
+        by_others = read[:, touched].max(2)
+        asked = np.maximum(by_others[:, None], peak.widths[decision, : self.counts[self.groups + decision], None])
+        changes = -(-elements[:, None, touched] * asked // 8) - sizes[:, None, touched]
+        found: Floats = (held[:, None] + changes.astype(float) @ alive[touched]).max(2)
+        return found
 
     def cheapest(self, numbers: Options) -> Options:
         """Return the pairs that use least of the limits, all in sum, for given channels, shape (policies, decisions).
@@ -370,7 +396,30 @@ class JointCosts:
             picks = self.best_widths(self.anchor, losses[self.groups :])
             if picks is not None:
                 found.append((*self.anchor.tolist(), *picks))
-        return min(found, key=lambda options: sum_of(losses, options))
+        best = min(found, key=lambda options: sum_of(losses, options))
+        if self.has_several and self.groups <= FEW_GROUPS:
+            return self._better_nearby(best, losses)
+        return best
+
+    def _better_nearby(self, options: tuple[int, ...], losses: Sequence[Floats]) -> tuple[int, ...]:
+        """Change single groups by a share, with the widths that are optimal then, as long as that is better."""
+        groups = self.groups
+        for _ in range(NEARBY_ROUNDS):
+            found = [options]
+            for group in range(groups):
+                for step in (-1, 1):
+                    numbers = np.array(options[:groups], np.int64)
+                    numbers[group] += step
+                    if not 0 <= numbers[group] < self.counts[group]:
+                        continue
+                    picks = self.best_widths(numbers, losses[groups:])
+                    if picks is not None:
+                        found.append((*numbers.tolist(), *picks))
+            best = min(found, key=lambda one: sum_of(losses, one))
+            if best == options:
+                break
+            options = best
+        return options
 
     def diagonals(self) -> Options:
         """Return equal shares of all groups, from all channels to the fewest, shape (shares, groups)."""

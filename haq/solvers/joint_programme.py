@@ -112,7 +112,10 @@ def propose(costs: JointCosts, losses: Sequence[Floats]) -> tuple[int, ...]:
 def _variables(costs: JointCosts, losses: Sequence[Floats], starts: NDArray[np.int_]) -> _Variables:
     """List the pairs that are worth it, for every choice of channels."""
     groups = costs.groups
-    decisions, options, lost, prices = [], [], [], []
+    decisions: list[int] = []
+    options: list[int] = []
+    lost: list[float] = []
+    prices: list[Floats] = []
     ties: list[tuple[int, int]] = []
     for decision in range(len(costs.pairs)):
         beside = costs.touching(decision)
@@ -144,10 +147,12 @@ def _worth(loss: Floats, prices: Floats) -> list[int]:
     return found
 
 
-def _equations(costs: JointCosts, variables: _Variables, starts: NDArray[np.int_], count: int) -> tuple[coo_array, Floats]:
+def _equations(costs: JointCosts, variables: _Variables, starts: NDArray[np.int_], count: int) -> tuple[Any, Floats]:
     """Say that every group takes one share, every decision one pair, and that they go together."""
     shares = int(starts[-1])
-    rows, columns, values = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    values: list[float] = []
     right: list[float] = []
     for group in range(costs.groups):
         for share in range(int(starts[group]), int(starts[group + 1])):
