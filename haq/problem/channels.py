@@ -213,7 +213,8 @@ class ChannelProblem(Problem):
         assert costs is not None
         corners = self._corners()
         rows = costs.rows(self._shapes.sizes(corners))
-        able = np.isfinite(costs.of_cells(rows)).any(3).all((1, 2))
+        priced = np.isfinite(costs.of_cells(rows)).any(3)
+        able: NDArray[np.bool_] = np.all(priced, axis=(1, 2))
         if not able[:-1].any() and costs.refused:
             name, reason = next(iter(costs.refused.items()))
             raise ValueError(f"{self.target.name} can't price layer {name!r} with fewer channels: {reason}")
