@@ -103,7 +103,7 @@ def page(job: Job, outcomes: Sequence[Outcome]) -> shared.Page:
 def main(arguments: list[str] | None = None) -> int:
     """Run the experiment."""
     parser = shared.parser_of(NAME, __doc__)
-    parser.add_argument("--images", type=int, default=4032, help="to train on")
+    parser.add_argument("--images", type=int, default=3072, help="to train on")
     parser.add_argument("--epochs", type=int, default=16, help="of every training")
     options = parser.parse_args(arguments)
     job = prepared(options)
