@@ -216,19 +216,25 @@ class Bench:
         return module
 
 
-def rows_of(bench: Bench, known: Sequence[Row]) -> Iterator[Row]:
-    """Make the rows of a network and a seed that aren't known."""
-    keys = {row.key for row in known}
-    if (bench.name, 1.0, WHOLE, bench.seed) not in keys:
-        value = bench.accuracy(bench.network.module)
-        yield Row(bench.name, 1.0, WHOLE, bench.seed, 1.0, 1.0, value, value)
+def asked(network: str, seed: int) -> list[tuple[str, float, str, int]]:
+    """List the keys of the rows of a network and a seed."""
     criteria = [RANDOM, *CRITERIA]
-    if bench.name == SMALL:
+    if network == SMALL:
         criteria.append(SCRATCH)
+    keys = [(network, 1.0, WHOLE, seed)]
     for target in TARGETS:
-        for criterion in criteria:
-            if (bench.name, target, criterion, bench.seed) not in keys:
-                yield bench.row(target, criterion)
+        keys += [(network, target, criterion, seed) for criterion in criteria]
+    return keys
+
+
+def rows_of(bench: Bench, keys: Sequence[tuple[str, float, str, int]]) -> Iterator[Row]:
+    """Make rows of a network and a seed."""
+    for _, target, criterion, _ in keys:
+        if criterion == WHOLE:
+            value = bench.accuracy(bench.network.module)
+            yield Row(bench.name, 1.0, WHOLE, bench.seed, 1.0, 1.0, value, value)
+        else:
+            yield bench.row(target, criterion)
 
 
 class Spread(NamedTuple):
@@ -270,7 +276,7 @@ def table(rows: Sequence[Row], network: str, target: float) -> Table:
         f"{network}: {example.macs:.3f} of the multiplications, {example.share:.3f} of every group's channels; unpruned "
         f"{whole} %"
     )
-    made = Table(title, ("criterion", "before, %", "against random", "after fine-tuning, %", "against random"))
+    made = Table(title, ("criterion", "before, %", "against random", "after fine-tuning, %", "against random", "seeds"))
     for criterion in (*CRITERIA, RANDOM, SCRATCH):
         own = of(rows, network, target, criterion)
         if not own:
@@ -283,7 +289,7 @@ def table(rows: Sequence[Row], network: str, target: float) -> Table:
             differences = signed(against_random(rows, network, target, criterion, "after"))
             if criterion != SCRATCH:
                 differs = signed(against_random(rows, network, target, criterion, "before"))
-        made.rows.append((criterion, before, differs, after, differences))
+        made.rows.append((criterion, before, differs, after, differences, str(len(own))))
     return made
 
 
@@ -365,8 +371,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with one_thread():
         for seed in range(seeds):
             for name in options.networks:
+                known = {row.key for row in rows}
+                missing = [key for key in asked(name, seed) if key not in known]
+                if not missing:
+                    continue
                 begun = time.process_time()
-                for row in rows_of(Bench(name, seed, dataset, effort), rows):
+                for row in rows_of(Bench(name, seed, dataset, effort), missing):
                     rows.append(row)
                     words = f"{name}, {row.target:g}, {row.criterion}, seed {seed}: {row.before:.2f} %, then {row.after:.2f} %"
                     say(console, f"{words} ({time.process_time() - begun:.0f} s)")
