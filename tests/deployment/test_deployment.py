@@ -141,7 +141,7 @@ def test_the_fastest_kernel_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (layer,) = tvm_code.layers(lower(capture(quantized, images), quantized, images))
     target: Any = load_target("cpu")
     able = kernels.candidates(*layer[:3], False, target.cpu)
-    assert len(able) > 2
+    assert len(able) > 1  # two where there is no AVX-512
     assert able[-1].name in [step["code"] for step in deployed.description["steps"]]
 
 
