@@ -27,6 +27,11 @@ from quantizers.pruning.criterion import (
     criterion_rows,
     select,
 )
+from quantizers.pruning.filter_overlap import (
+    filter_overlaps,
+    orthogonal_filters,
+    overlapping_filters,
+)
 from quantizers.pruning.filters import (
     MainSubsidiary,
     WithConstants,
@@ -58,6 +63,12 @@ from quantizers.pruning.groups import (
 )
 from quantizers.pruning.kernel_clusters import (
     share_kernels,
+)
+from quantizers.pruning.lottery_ticket import (
+    magnitude_masks,
+    mask_density,
+    maskable_weights,
+    shuffled_masks,
 )
 from quantizers.pruning.removal import (
     mask_channels,
@@ -96,6 +107,7 @@ __all__ = [
     "criterion_names",
     "criterion_rows",
     "discriminator_loss",
+    "filter_overlaps",
     "generator_loss",
     "group_convolutions",
     "kept_channels",
@@ -103,9 +115,14 @@ __all__ = [
     "layerwise_pruning",
     "learn_groups",
     "learned_groups",
+    "magnitude_masks",
     "make_dense",
     "mask_channels",
+    "mask_density",
+    "maskable_weights",
     "masked_layers",
+    "orthogonal_filters",
+    "overlapping_filters",
     "prune",
     "remove_blocks",
     "remove_channels",
@@ -114,5 +131,6 @@ __all__ = [
     "residual_blocks",
     "select",
     "share_kernels",
+    "shuffled_masks",
     "soft_threshold",
 ]

@@ -72,7 +72,7 @@ def test_the_smaller_network_is_what_is_returned_shown_and_saved(tmp_path: Path)
     axes = found.plot().axes
     assert len(axes) == 3
     assert "of 32 channels kept" in axes[1].get_title()
-    heights = [bar.get_height() for bar in axes[1].patches[len(channels.layers) :]]
+    heights = [bar.get_height() for bar in axes[1].patches[len(channels.layers) :]]  # type: ignore[attr-defined]
     assert heights == [100 * layer.outputs / layer.of_outputs for layer in channels.layers]
     folder = found.save(tmp_path / "found")
     assert json.loads((folder / "policy.json").read_text())["keep"] == dict(found.policy.keep)
