@@ -391,7 +391,7 @@ def finalists(problem: Problem, result: haq.Result, count: int) -> list[Q.BitPol
     return list(dict.fromkeys([*chosen, *others]))[:count]
 
 
-def kind_of(problem: Problem, trial: Trial) -> tuple[float, float]:
+def kind_of(problem: Any, trial: Trial) -> tuple[float, float]:
     """Return about how many channels a policy keeps, and about how many bits they have."""
     keep = dict(trial.policy.keep)
     shares = [1.0]
@@ -678,18 +678,34 @@ def read_rows(path: Path, effort: Effort) -> list[Row]:
     """Read the cells of an earlier call; raises ValueError for those of another effort."""
     rows = []
     for line in _lines(path):
-        figures = [float(line[name]) for name in Row._fields[5:12]]
+        evaluations, epochs = int(line["evaluations"]), int(line["epochs"])
+        if (evaluations, epochs) != (effort.evaluations, effort.epochs):
+            raise ValueError(
+                f"{path} has cells of {evaluations} evaluations and {epochs} epochs, and {effort.evaluations} and "
+                f"{effort.epochs} are asked for: give another --out, or --again"
+            )
         least = None
         if line["least"]:
             least = float(line["least"])
-        counts = int(line["evaluations"]), int(line["epochs"])
-        if counts != (effort.evaluations, effort.epochs):
-            raise ValueError(
-                f"{path} has cells of {counts[0]} evaluations and {counts[1]} epochs, and {effort.evaluations} and "
-                f"{effort.epochs} are asked for: give another --out, or --again"
-            )
-        known = (line["target"], float(line["budget"]), line["method"], int(line["seed"]))
-        rows.append(Row(*known, least, *figures, *counts, float(line["seconds"]), line["policy"]))  # type: ignore[arg-type]
+        row = Row(
+            target=line["target"],
+            budget=float(line["budget"]),
+            method=line["method"],
+            seed=int(line["seed"]),
+            least=least,
+            cost=float(line["cost"]),
+            macs=float(line["macs"]),
+            weights=float(line["weights"]),
+            activations=float(line["activations"]),
+            float_accuracy=float(line["float_accuracy"]),
+            before=float(line["before"]),
+            after=float(line["after"]),
+            evaluations=evaluations,
+            epochs=epochs,
+            seconds=float(line["seconds"]),
+            policy=line["policy"],
+        )
+        rows.append(row)
     return rows
 
 
