@@ -11,6 +11,7 @@ are of the processor, medians over rounds in which both run once; ratios are wha
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def taken(run: Callable[[], object]) -> float:
 
 def drawn(problem: ChannelProblem, draws: np.random.Generator) -> Q.BitPolicy:
     """A policy at random."""
-    numbers = [draws.integers(len(decision.counts)) for decision in problem.channel_decisions]
+    numbers = [int(draws.integers(len(decision.counts))) for decision in problem.channel_decisions]
     pairs = [decision.pairs[draws.integers(len(decision.pairs))] for decision in problem.decisions]
     return problem.decide(pairs, problem.keep_of(numbers))
 
@@ -53,7 +54,7 @@ def evaluations(problem: ChannelProblem, rounds: int) -> tuple[float, float]:
     for _ in range(rounds):
         policy = drawn(problem, draws)
         of_float.append(taken(lambda: problem.evaluator.measure(problem.network)))
-        of_policy.append(taken(lambda policy=policy: problem.evaluate(policy)))
+        of_policy.append(taken(functools.partial(problem.evaluate, policy)))
     return statistics.median(of_float), statistics.median(of_policy)
 
 

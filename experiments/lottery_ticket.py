@@ -38,7 +38,7 @@ from quantizers.pruning.lottery_ticket import mask_density, shuffled_masks
 NAME = "lottery_ticket"
 WHOLE, TICKET, REINIT, SHUFFLED = "whole", "ticket", "reinit", "shuffled"
 SHARE, TENTH, LAST = 0.32, 6, 9  # of a round; rounds that leave a tenth; rounds in all
-COMPARED = (2, TENTH, LAST)  # rounds after which other networks have the same masks
+COMPARED = (TENTH, LAST)  # rounds after which other networks have the same masks
 OTHER = 1000  # added to a seed for weights that are newly drawn
 
 
@@ -60,6 +60,7 @@ class Job(NamedTuple):
     test: data.Split
     epochs: int
     rounds: int = LAST
+    compared: tuple[int, ...] = COMPARED
 
 
 def lenet() -> nn.Module:
@@ -137,9 +138,7 @@ def one_seed(job: Job, seed: int) -> list[Outcome]:
         if number == 0:
             who = WHOLE
         outcomes.append(Outcome(seed, number, density, who, first, last))
-    for number in COMPARED:
-        if number > job.rounds:
-            continue
+    for number in job.compared:
         masks = method.by_round[number]
         elsewhere = shuffled_masks(masks, torch.Generator().manual_seed(seed))
         for who, drawn, given in ((REINIT, seed + OTHER, masks), (SHUFFLED, seed, elsewhere)):
@@ -175,10 +174,9 @@ def row(outcomes: Sequence[Outcome], number: int) -> list[str]:
 
 def page(job: Job, outcomes: Sequence[Outcome]) -> shared.Page:
     """Make the page."""
-    compared = [number for number in COMPARED if number <= job.rounds]
     whole = of(outcomes, 0, WHOLE)
     claims = []
-    for number in compared:
+    for number in job.compared:
         density = f"{of(outcomes, number, TICKET, 'density')[0]:.1f} %"
         for other, words in ((REINIT, "its mask on newly drawn weights"), (SHUFFLED, "its weights under shuffled masks")):
             claims.append(
@@ -207,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the experiment."""
     parser = shared.parser_of(NAME, __doc__)
     parser.add_argument("--images", type=int, default=6000, help="to train on")
-    parser.add_argument("--epochs", type=int, default=6, help="of every training")
+    parser.add_argument("--epochs", type=int, default=4, help="of every training")
     options = parser.parse_args(arguments)
     job = prepared(options)
     return shared.run(NAME, options, lambda seed: one_seed(job, seed), lambda outcomes: page(job, outcomes))
@@ -220,7 +218,7 @@ def prepared(options: argparse.Namespace) -> Job:
     train, test = map(flattened, shared.samples(options.images))
     job = Job(train, test, options.epochs)
     if options.quick:
-        job = job._replace(rounds=2, test=test.subset(torch.arange(200)))
+        job = job._replace(rounds=2, compared=(2,), test=test.subset(torch.arange(200)))
     return job
 
 

@@ -46,7 +46,10 @@ COMMANDS = {
 }
 MODULES = {name: module for commands in COMMANDS.values() for name, module in commands.items()}
 # What can be written in place of `haq list KIND`.
-LISTED = ("networks", "solvers", "schemes", "objectives", "attacks", "targets", "exporters", "hardware-models", "methods")
+LISTED = (
+    *("networks", "solvers", "schemes", "criteria", "objectives", "attacks", "targets", "exporters", "hardware-models"),
+    "methods",
+)
 VARIABLE = "_HAQ_COMPLETE"  # by which a shell asks for completions
 
 

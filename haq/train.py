@@ -723,7 +723,6 @@ def _train(
         amp=options.amp,
     )
     judge = _judge(network, dataset, objective, adversary)
-    method = as_method(options.method)
     before: training.Judgement | None = None
     untrained = network.module
     # What training is to make of a network beside its accuracy isn't seen in how it was before.

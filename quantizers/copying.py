@@ -73,6 +73,8 @@ def _copied_quickly(value: Any, memo: dict[int, Any]) -> Any:
         return value
     if kind in EMPTY and not value:
         return kind()
+    if kind is tuple and all(type(part) in UNCHANGEABLE for part in value):
+        return value
     if not isinstance(value, nn.Module) or not _is_plain(kind):
         return copy.deepcopy(value, memo)
     if id(value) in memo:
@@ -83,6 +85,8 @@ def _copied_quickly(value: Any, memo: dict[int, Any]) -> Any:
     for key, content in value.__dict__.items():
         if key in HOLDING:
             state[key] = type(content)((name, _copied_quickly(held, memo)) for name, held in content.items())
+        elif type(content) in UNCHANGEABLE:
+            state[key] = content
         else:
             state[key] = _copied_quickly(content, memo)
     return made

@@ -203,7 +203,8 @@ class _Statistics:
         count = x.numel() // x.shape[1]
         if x.dtype == torch.float32 and type(norm) in ITSELF and count > 1:
             # In training it computes the batch's statistics, in half the time of two passes over it.
-            self.count, norm.momentum = count, 1.0
+            self.count = count
+            self.norm.momentum = 1.0
             norm.train()
             return
         norm.eval()

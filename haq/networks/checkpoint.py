@@ -31,7 +31,15 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq.networks import split_name
 from haq.networks.building import build_as_file_says, shapes_of
-from haq.networks.grouped import GROUPINGS, groupings_notes, read_groupings, regrouped
+from haq.networks.grouped import (
+    BLOCKS,
+    GROUPINGS,
+    read_blocks,
+    read_groupings,
+    regrouped,
+    structure_notes,
+    without_blocks,
+)
 from haq.networks.network import Network, output_count
 from haq.networks.pruned import CHANNELS, SIZES, channels_notes, read_channels, shrunk
 from haq.store import torch_files
@@ -68,6 +76,7 @@ RESERVED = (
     "residuals",
     CHANNELS,
     GROUPINGS,
+    BLOCKS,
     SIZES,
 )
 # The ends of the names of tensors that must be finite. What else a scheme keeps is its own affair: borders are infinite.
@@ -107,7 +116,7 @@ def save_checkpoint(network: Network, path: Path, notes: Mapping[str, str] | Non
         save_quantized(path, network.module, network, notes)
         return
     header = {"format": CHECKPOINT_FORMAT, **_description(network), **_free(notes)}
-    header |= channels_notes(network.module) | groupings_notes(network.module)
+    header |= channels_notes(network.module) | structure_notes(network.module)
     write_safetensors(_contiguous(network.module.state_dict()), path, header)
 
 
@@ -131,7 +140,7 @@ def save_quantized(
     header["structure"] = structure(qnetwork)
     if Q.residual_quantizers(qnetwork):
         header["residuals"] = json.dumps(Q.residual_places(qnetwork))
-    header |= channels_notes(qnetwork) | groupings_notes(qnetwork)
+    header |= channels_notes(qnetwork) | structure_notes(qnetwork)
     header |= _free(notes)
     tensors = _contiguous(qnetwork.state_dict())
     for key, tensor in _contiguous(Q.quantizer_state(qnetwork)).items():
@@ -160,7 +169,7 @@ def load_quantized(path: Path, module: nn.Module | None = None) -> nn.Module:
     policy, schemes = _policy_and_schemes(header)
     if module is None:
         module = _named_module(header)
-    module = _with_groups(header, _with_channels(header, module))
+    module = _with_structure(header, _with_channels(header, module))
     expected = module.state_dict()
     _check_shapes(path, float_tensors(header.shapes), _shapes(expected))
     _check_structure(header, module)
@@ -259,7 +268,7 @@ def restore(network: Network, path: Path) -> Network:
     """
     header = read_header(path)
     _, shape, mean, std = _images(header)
-    network = replace(network, module=_with_groups(header, _with_channels(header, network.module)))
+    network = replace(network, module=_with_structure(header, _with_channels(header, network.module)))
     _check_shapes(path, float_tensors(header.shapes), _shapes(network.module.state_dict()))
     if header.notes.get("format") == QUANTIZED_FORMAT:
         _check_structure(header, network.module)
@@ -550,15 +559,29 @@ def _with_channels(header: Header, module: nn.Module) -> nn.Module:
         raise ValueError(f"{header.path} isn't of this network with fewer channels: {_short(error)}") from error
 
 
-def _with_groups(header: Header, module: nn.Module) -> nn.Module:
-    """Return a float network whose convolutions run in the groups that those of a file learned; itself where none did."""
-    if GROUPINGS not in header.notes:
-        return module
+def _with_structure(header: Header, module: nn.Module) -> nn.Module:
+    """Return a float network without the blocks that the network of a file lost, and with the groups that it learned.
+
+    Args:
+        header: Of the file.
+        module: The network, with the channels of the file's.
+
+    Returns:
+        A copy; the network itself where the file tells of neither.
+
+    Raises:
+        ValueError: For blocks and groups that aren't of this network.
+    """
     try:
-        _check_length(header, GROUPINGS, MOST_NOTE)
-        return regrouped(module, read_groupings(header.notes[GROUPINGS]))
+        if BLOCKS in header.notes:
+            _check_length(header, BLOCKS, MOST_NOTE)
+            module = without_blocks(module, read_blocks(header.notes[BLOCKS]))
+        if GROUPINGS in header.notes:
+            _check_length(header, GROUPINGS, MOST_NOTE)
+            module = regrouped(module, read_groupings(header.notes[GROUPINGS]))
     except _WRONG as error:
-        raise ValueError(f"{header.path} isn't of this network with groups: {_short(error)}") from error
+        raise ValueError(f"{header.path} isn't of this network with other layers: {_short(error)}") from error
+    return module
 
 
 def _import_trusted_schemes(path: Path, records: object) -> None:
@@ -596,7 +619,7 @@ def _named_network(header: Header) -> Network:
         expected = shapes_of(name, classes)
     except ValueError as error:
         raise ValueError(f"{header.path} names a network that can't be built: {error}") from error
-    if GROUPINGS in header.notes:
+    if GROUPINGS in header.notes or BLOCKS in header.notes:
         _check_share(header.path, float_tensors(header.shapes), expected)
     elif CHANNELS in header.notes:
         _check_can_be_smaller(header.path, header.shapes, expected)

@@ -23,7 +23,7 @@ from haq.networks.checkpoint import (
     read_state,
     restore,
 )
-from haq.networks.grouped import GROUPINGS
+from haq.networks.grouped import BLOCKS, GROUPINGS
 from haq.networks.network import Network, output_count
 from haq.networks.pruned import CHANNELS
 from quantizers.calling import leaves
@@ -88,7 +88,7 @@ def _with_weights(base: str, path: Path, classes: int | None) -> Network:
     if not classes:
         classes = _classes_of(path, float_tensors(tensors), notes)
     state = float_tensors(tensors)
-    if CHANNELS in notes or GROUPINGS in notes:
+    if not notes.keys().isdisjoint((CHANNELS, GROUPINGS, BLOCKS)):
         return replace(restore(build(base, classes, pretrained=False), path), name=f"{base}@{path}")
     check_can_be_of(path, state, base, classes)
     network = build(base, classes, pretrained=False)

@@ -137,7 +137,7 @@ class VariantCosts:
         Raises:
             ValueError: Naming the layer and the target, for one that the target can't price.
         """
-        arrays = {name: stacked[rows] for name, stacked in self._tables.items()}
+        arrays: dict[str, Any] = {name: stacked[rows] for name, stacked in self._tables.items()}
         unpriced = ~np.isfinite(arrays["storage_bytes"]).any((1, 2))
         if unpriced.any():
             name = workload.names[int(np.argmax(unpriced))]
@@ -211,7 +211,9 @@ class VariantCosts:
         ours = _is_ours(self.target)
         first_convolution = next((index for index, layer in enumerate(layers) if layer.kind != "linear"), 0)
         named = self._named_by_rules()
-        asked, places, chosen = [], [], []
+        asked: list[Any] = []
+        places: list[Any] = []
+        chosen: list[Any] = []
         for index, layer in enumerate(layers):
             alone = not ours or index <= first_convolution or index == len(layers) - 1
             count = len(new[index])

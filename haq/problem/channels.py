@@ -213,7 +213,8 @@ class ChannelProblem(Problem):
         assert costs is not None
         corners = self._corners()
         rows = costs.rows(self._shapes.sizes(corners))
-        able = np.isfinite(costs.of_cells(rows)).any(3).all((1, 2))
+        priced = np.isfinite(costs.of_cells(rows)).any(3)
+        able: NDArray[np.bool_] = np.all(priced, axis=(1, 2))
         if not able[:-1].any() and costs.refused:
             name, reason = next(iter(costs.refused.items()))
             raise ValueError(f"{self.target.name} can't price layer {name!r} with fewer channels: {reason}")
@@ -315,9 +316,9 @@ class ChannelProblem(Problem):
         made = self._view(counts, mask)
         made.keep = dict(self.keep_of(self.numbers_of(keep)))
         made.channel_decisions = ()
+        made.workload = self._shapes.workload_of(counts)
+        made.table = dataclasses.replace(made.table, workload=made.workload)
         if self.peak is not None:
-            made.workload = self._shapes.workload_of(counts)
-            made.table = dataclasses.replace(made.table, workload=made.workload)
             made.peak = PeakLimit(made.workload, self.table.batch, self.peak.amount)
         return made
 
@@ -347,11 +348,6 @@ class ChannelProblem(Problem):
         """Return the least and the most that a policy can cost by a metric other than the main one."""
         least, most = super()._extremes(metric)
         return min(least, self._least_of(metric)), most
-
-    @property
-    def largest(self) -> float:
-        """Return the largest budget; see `Problem.largest`."""
-        return super().largest
 
     @property
     def reach(self) -> str:
@@ -572,7 +568,7 @@ class ChannelProblem(Problem):
         super().check_policy(policy)
         keep = _keep_of(policy)
         self.numbers_of(keep)
-        if self.keep and keep != self.keep:
+        if not self.channel_decisions and keep != self.keep:
             raise NotAllowed("the channels are chosen already, and the policy keeps others: `at` tells which")
 
     def means_something(self, policy: Bits) -> bool:
@@ -627,16 +623,17 @@ class ChannelProblem(Problem):
         """Return what the layers cost for given channels, by every limit that is a sum.
 
         Args:
-            numbers: An option for every channel decision, shape (channel decisions,).
+            numbers: Options of the channel decisions, shape (policies, channel decisions).
 
         Returns:
-            In the order of `limits`, shape (limits, layers, 10, 10); infinite for pairs of widths that the target can't do.
+            In the order of `limits`, shape (policies, limits, layers, 10, 10); infinite for pairs of widths that the target
+            can't do.
         """
         costs = self._costs
         assert costs is not None
-        found = costs.of_cells(costs.rows(self._shapes.sizes(self._counts(np.asarray(numbers)[None]))))[0]
+        found = costs.of_cells(costs.rows(self._shapes.sizes(self._counts(numbers))))
         columns = [costs.metrics.index(limit.metric) for limit in self.limits if limit.is_sum]
-        return found[columns].reshape(len(columns), len(self.workload), PLACES, PLACES)
+        return found[:, columns].reshape(len(numbers), len(columns), len(self.workload), PLACES, PLACES)
 
     def elements_at(self, numbers: Numbers) -> Numbers:
         """Return how many values every activation holds for one image.

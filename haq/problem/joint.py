@@ -35,6 +35,9 @@ GRADES = 32  # prices of a unit of cost that a plan tries
 STEEP, FLAT = 1e3, 1e-4  # the highest and the lowest of them, in parts of what all losses are to all costs
 FAR = 1e6  # parts of a limit that stand for more than any
 ROUNDS = 60  # changes of one group's channels that a plan makes at most
+FEW_GROUPS = 8  # up to which plans within several limits look at what is nearby
+NEARBY_ROUNDS = 2
+AT_ONCE = 512  # choices of channels that are priced together
 CHUNK = 1 << 15  # vectors that are looked at together
 
 
@@ -59,8 +62,8 @@ class PricedChannels(Protocol):
         """What there is to decide of channels."""
         ...
 
-    def prices_at(self, numbers: NDArray[np.int64]) -> Floats:
-        """Return what layers cost at every pair of widths, shape (limits that are sums, layers, 10, 10)."""
+    def prices_at(self, numbers: Options) -> Floats:
+        """Return what layers cost at every pair of widths, shape (policies, limits that are sums, layers, 10, 10)."""
         ...
 
     def elements_at(self, numbers: Options) -> NDArray[np.int64]:
@@ -121,13 +124,13 @@ class JointCosts:
         count = len(self._decisions)
         sizes = self.counts[: self.groups].tolist()
         self._of_share = [np.zeros((size, count), np.int64) for size in sizes]
-        touched = [set(one.layers) for one in self.problem.channel_decisions]
+        self._touched = [set(one.layers) for one in self.problem.channel_decisions]
         self._dense = np.ones(count, bool)
         starts = np.zeros(count, np.int64)
         draws = np.random.default_rng(0)
         total = 0
-        for place, decision in enumerate(self._decisions):
-            beside = [group for group in range(self.groups) if touched[group] & set(decision.layers)]
+        for place in range(count):
+            beside = self.touching(place)
             size = 1
             for group in beside:
                 size *= sizes[group]
@@ -147,17 +150,33 @@ class JointCosts:
         self._row_of = np.full(max(total, 1), -1, np.int64)
         self._sparse: dict[int, dict[int, int]] = {int(place): {} for place in np.flatnonzero(~self._dense)}
 
+    @property
+    def has_peak(self) -> bool:
+        """Say whether there is a limit of peak memory."""
+        return self._peak is not None
+
+    @property
+    def has_several(self) -> bool:
+        """Say whether there is more than one limit, of a sum."""
+        return self._peak is not None or len(self.limits) > 1
+
+    def touching(self, decision: int) -> list[int]:
+        """List the groups whose channels the layers of a decision read or write."""
+        layers = set(self._decisions[decision].layers)
+        return [group for group in range(self.groups) if self._touched[group] & layers]
+
     def rows(self, numbers: Options) -> Options:
         """Return the rows of prices of every decision, shape (policies, decisions), for channels (policies, groups)."""
         keys = np.zeros((len(numbers), len(self._decisions)), np.int64)
         for group, of_share in enumerate(self._of_share):
             keys += of_share[numbers[:, group]]
         found = self._found(keys)
-        for index in np.flatnonzero((found < 0).any(1)).tolist():
-            now = self._found(keys[index : index + 1])[0]
-            if (now < 0).any():
-                self._learn(numbers[index], keys[index], np.flatnonzero(now < 0))
-            found[index] = self._found(keys[index : index + 1])[0]
+        missing = np.flatnonzero((found < 0).any(1))
+        if len(missing):
+            for begin in range(0, len(missing), AT_ONCE):
+                part = missing[begin : begin + AT_ONCE]
+                self._learn(numbers[part], keys[part])
+            found[missing] = self._found(keys[missing])
         return found
 
     def _found(self, keys: Options) -> Options:
@@ -167,23 +186,34 @@ class JointCosts:
             found[:, place] = [known.get(key, -1) for key in keys[:, place].tolist()]
         return found
 
-    def _learn(self, numbers: NDArray[np.int64], keys: NDArray[np.int64], missing: NDArray[np.intp]) -> None:
-        """Compute rows of prices that are missing for a choice of channels."""
+    def _learn(self, numbers: Options, keys: Options) -> None:
+        """Compute the rows of prices that are missing for choices of channels, all together."""
         tables = self.problem.prices_at(numbers)
-        for place in missing.tolist():
-            if self._rows == len(self._decision_of):
-                self._prices = np.concatenate([self._prices, np.full(self._prices.shape, np.inf)], axis=1)
-                self._decision_of = np.concatenate([self._decision_of, np.zeros_like(self._decision_of)])
-            layers = list(self._decisions[place].layers)
-            w, a = self._decisions[place].places.T
-            for limit, prices in enumerate(tables):
-                self._prices[limit, self._rows, : len(w)] = prices[layers].sum(0)[w, a]
-            self._decision_of[self._rows] = place
-            if self._dense[place]:
-                self._row_of[self._starts[place] + keys[place]] = self._rows
-            else:
-                self._sparse[place][int(keys[place])] = self._rows
-            self._rows += 1
+        for index, of_index in enumerate(keys):
+            missing = np.flatnonzero(self._found(of_index[None])[0] < 0)
+            for place in missing.tolist():
+                self._add_row(place, int(of_index[place]), tables[index])
+
+    def _add_row(self, place: int, key: int, tables: Floats) -> None:
+        """Keep what a decision's pairs cost.
+
+        Args:
+            place: The decision's.
+            key: Of the choice of channels.
+            tables: What layers cost, shape (limits, layers, 10, 10).
+        """
+        if self._rows == len(self._decision_of):
+            self._prices = np.concatenate([self._prices, np.full(self._prices.shape, np.inf)], axis=1)
+            self._decision_of = np.concatenate([self._decision_of, np.zeros_like(self._decision_of)])
+        decision = self._decisions[place]
+        w, a = decision.places.T
+        self._prices[:, self._rows, : len(w)] = tables[:, list(decision.layers)].sum(1)[:, w, a]
+        self._decision_of[self._rows] = place
+        if self._dense[place]:
+            self._row_of[self._starts[place] + key] = self._rows
+        else:
+            self._sparse[place][key] = self._rows
+        self._rows += 1
 
     def prices(self, numbers: Options) -> Floats:
         """Return what pairs cost for given channels, shape (limits, policies, decisions, options)."""
@@ -247,7 +277,7 @@ class JointCosts:
 
     def used_instead(self, options: Options, place: int) -> Floats:
         """Return what is used of every limit with each option of one place, shape (policies, options, limits)."""
-        if place < self.groups or self._peak is not None:
+        if place < self.groups:
             wide = self.instead(options, place)
             parts = [self.used(part) for part in np.array_split(wide.reshape(-1, options.shape[1]), 1 + wide.size // CHUNK)]
             return np.concatenate(parts).reshape(len(options), wide.shape[1], -1)
@@ -256,8 +286,32 @@ class JointCosts:
         taken = self._prices[:, rows, options[:, self.groups :]]
         taken[:, :, decision] = 0
         others = taken.sum(-1)
-        found = others[:, :, None] + self._prices[:, rows[:, decision], : self.counts[place]]
-        return found.transpose(1, 2, 0) / self.limits
+        sums = others[:, :, None] + self._prices[:, rows[:, decision], : self.counts[place]]
+        found: Floats = sums.transpose(1, 2, 0) / self.limits
+        if self._peak is not None:
+            peaks = self._peaks_instead(options, decision)
+            found = np.concatenate([found, peaks[:, :, None] / self._peak.limit], axis=2)
+        return found
+
+    def _peaks_instead(self, options: Options, decision: int) -> Floats:
+        """Return the peaks of memory with each pair of one decision, shape (policies, options)."""
+        peak = self._peak
+        assert peak is not None
+        elements = self._elements(options[:, : self.groups])
+        widths = peak.widths[np.arange(len(self._decisions)), options[:, self.groups :]]
+        read = np.where(peak.reads, widths[:, None], 0)
+        bits = np.where(peak.reads.any(1), read.max(2), FLOAT_BITS)
+        sizes = -(-elements * bits // 8)
+        alive = peak.alive.T.astype(float)
+        held = sizes.astype(float) @ alive
+        # Only the buffers that the decision reads are other ones.
+        touched = np.flatnonzero(peak.reads[:, decision])
+        read[:, :, decision] = 0
+        by_others = read[:, touched].max(2)
+        asked = np.maximum(by_others[:, None], peak.widths[decision, : self.counts[self.groups + decision], None])
+        changes = -(-elements[:, None, touched] * asked // 8) - sizes[:, None, touched]
+        found: Floats = (held[:, None] + changes.astype(float) @ alive[touched]).max(2)
+        return found
 
     def cheapest(self, numbers: Options) -> Options:
         """Return the pairs that use least of the limits, all in sum, for given channels, shape (policies, decisions).
@@ -321,14 +375,51 @@ class JointCosts:
         Returns:
             An option vector within all budgets.
         """
-        grades = Grades(self, losses)
         if start is None:
             start = self.diagonals()
-        for numbers in (grades.best_from(np.concatenate([start, self.anchor[None]])), self.anchor):
-            found = self.best_widths(numbers, losses[self.groups :])
-            if found is not None:
-                return (*numbers.tolist(), *found)
-        return (*self.anchor.tolist(), *self.cheapest(self.anchor[None])[0].tolist())
+        start = np.concatenate([start, self.anchor[None]])
+        # Of several limits any may be the one that counts.
+        weights = [np.full(len(self.limits), 1 / len(self.limits))]
+        if len(self.limits) > 1:
+            weights += list(np.eye(len(self.limits)))
+        found = [(*self.anchor.tolist(), *self.cheapest(self.anchor[None])[0].tolist())]
+        tried: set[tuple[int, ...]] = set()
+        for weight in weights:
+            numbers = Grades(self, losses, weight).best_from(start)
+            if tuple(numbers.tolist()) in tried:
+                continue
+            tried.add(tuple(numbers.tolist()))
+            picks = self.best_widths(numbers, losses[self.groups :])
+            if picks is not None:
+                found.append((*numbers.tolist(), *picks))
+        if len(found) == 1:
+            picks = self.best_widths(self.anchor, losses[self.groups :])
+            if picks is not None:
+                found.append((*self.anchor.tolist(), *picks))
+        best = min(found, key=lambda options: sum_of(losses, options))
+        if self.has_several and self.groups <= FEW_GROUPS:
+            return self._better_nearby(best, losses)
+        return best
+
+    def _better_nearby(self, options: tuple[int, ...], losses: Sequence[Floats]) -> tuple[int, ...]:
+        """Change single groups by a share, with the widths that are optimal then, as long as that is better."""
+        groups = self.groups
+        for _ in range(NEARBY_ROUNDS):
+            found = [options]
+            for group in range(groups):
+                for step in (-1, 1):
+                    numbers = np.array(options[:groups], np.int64)
+                    numbers[group] += step
+                    if not 0 <= numbers[group] < self.counts[group]:
+                        continue
+                    picks = self.best_widths(numbers, losses[groups:])
+                    if picks is not None:
+                        found.append((*numbers.tolist(), *picks))
+            best = min(found, key=lambda one: sum_of(losses, one))
+            if best == options:
+                break
+            options = best
+        return options
 
     def diagonals(self) -> Options:
         """Return equal shares of all groups, from all channels to the fewest, shape (shares, groups)."""
@@ -372,7 +463,7 @@ class JointCosts:
 
     def _programme_at(self, numbers: NDArray[np.int64], prices: Floats) -> Programme | None:
         """Make the programme of several budgets for given channels; None where there is one, of a sum."""
-        if self._peak is None and len(self.limits) == 1:
+        if not self.has_several:
             return None
         made = []
         for place, (decision, pairs) in enumerate(zip(self._decisions, self.pairs, strict=True)):
@@ -385,21 +476,30 @@ class JointCosts:
         return Programme(made, self.limits.tolist(), peak)
 
 
+def sum_of(losses: Sequence[Floats], options: Sequence[int]) -> float:
+    """Sum what the options of a vector lose."""
+    return float(sum(row[option] for row, option in zip(losses, options, strict=True)))
+
+
 class Grades:
     """What is best for any channels if losses add up, seen at a few prices of a unit of cost (Lagrange multipliers).
 
-    At each price every row of prices has its best pair, so that the best for given channels is a sum of look-ups. Of several
-    limits all count alike, in sum.
+    At each price every row of prices has its best pair, so that the best for given channels is a sum of look-ups. Several
+    limits are one, weighted.
     """
 
-    def __init__(self, costs: JointCosts, losses: Sequence[Floats]) -> None:
+    def __init__(self, costs: JointCosts, losses: Sequence[Floats], weights: Floats | None = None) -> None:
         """Take what options lose.
 
         Args:
             costs: Of the problem.
             losses: By place.
+            weights: What the limits that are sums count, shape (limits,), 1 in sum; None: all alike.
         """
         self.costs = costs
+        if weights is None:
+            weights = np.full(len(costs.limits), 1 / len(costs.limits))
+        self.weights = weights
         groups = costs.groups
         self.of_groups = [np.asarray(loss, float) for loss in losses[:groups]]
         self.of_pairs = np.full(costs.there.shape, np.inf)
@@ -419,8 +519,10 @@ class Grades:
         if known == costs._rows:
             return
         rows = slice(known, costs._rows)
-        # What can't be done at all is far beyond any limit.
-        parts = np.minimum((costs._prices[:, rows] / costs.limits[:, None, None]).mean(0), FAR)
+        # What can't be done is far beyond any limit, whatever it is weighted.
+        prices = costs._prices[:, rows]
+        able = np.isfinite(prices).all(0)
+        parts = np.where(able, np.tensordot(self.weights / costs.limits, np.where(able, prices, 0.0), axes=1), FAR)
         losses = self.of_pairs[costs._decision_of[rows]]
         picks = [np.argmin(losses + multiplier * parts, axis=1) for multiplier in self.multipliers]
         # The last is what costs least, at any loss.
@@ -441,6 +543,8 @@ class Grades:
         self._extend()
         amounts, losses = self._amounts[:, rows].sum(-1), self._losses[:, rows].sum(-1)
         found = self._between(amounts, losses)
+        if self.costs.has_several:
+            found = np.where(self.costs.leaves_room(numbers), found, np.inf)
         for group, loss in enumerate(self.of_groups):
             found = found + loss[numbers[:, group]]
         return found

@@ -398,7 +398,7 @@ def minimise(
         goal[-1] = 1.0
     upper = np.append(available.ravel().astype(float), np.full(held, np.inf))
     integrality = np.append(np.ones(rows * options), np.zeros(held))
-    with _silent():
+    with silent():
         result: Any = milp(
             goal,
             integrality=integrality,
@@ -439,7 +439,7 @@ def relaxation(
     within_reach = most.copy()
     if tightened is not None:
         within_reach[tightened] *= TIGHTER
-    with _silent():
+    with silent():
         result = linprog(
             goal,
             A_ub=matrix,
@@ -590,7 +590,7 @@ def _widened(constraint: LinearConstraint, count: int) -> LinearConstraint:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Send standard output nowhere.
 
     HiGHS leaves a line of its debugging there, even when it is told not to display anything, and what is there may be JSON.

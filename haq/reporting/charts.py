@@ -76,7 +76,7 @@ def bits(run: RunFolder) -> Picture:
     costs = []
     for place, (layer, (weight_bits, activation_bits)) in enumerate(zip(problem.layers, run.policy, strict=True)):
         left = None
-        after = layer.cost_at(weight_bits, activation_bits) or 0.0
+        after: float | None = layer.cost_at(weight_bits, activation_bits) or 0.0
         if run.channels is not None:
             left = run.channels.layers[place]
             after = left.cost or 0.0

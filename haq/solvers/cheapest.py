@@ -33,6 +33,7 @@ from scipy.special import expit, ndtr
 
 import quantizers as Q
 from haq.problem.budget import OutOfReach
+from haq.problem.channels import chooses_channels
 from haq.problem.evaluator import Evaluation
 from haq.problem.goal import TRADEOFF
 from haq.problem.problem import Problem
@@ -136,6 +137,11 @@ def search(solver: Solver, session: Session, seed: int) -> None:
         seed: What everything random comes from.
     """
     problem = session.problem
+    if chooses_channels(problem) and (solver.uses_sensitivities or len(problem.limits) > 1):
+        raise ValueError(
+            f"solver {solver.name!r} can't look for {problem.goal.words(problem.objective)} among channels and widths"
+            f"{_of_limits(problem)}: choose surrogate, ddpg or exhaustive, or leave prune out"
+        )
     loss_increase: Floats | None = None
     if solver.uses_sensitivities:
         keep = max(session.evaluations - int(MEASURED * session.evaluations), 1)
@@ -152,6 +158,13 @@ def search(solver: Solver, session: Session, seed: int) -> None:
         refine(session, loss_increase)
     elif problem.goal.kind != TRADEOFF:
         stages.descend()
+
+
+def _of_limits(problem: Problem) -> str:
+    """Say that there are several budgets, if there are."""
+    if len(problem.limits) > 1:
+        return " within several budgets"
+    return ""
 
 
 class Stages:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import quantizers as Q
+from haq.problem.channels import chooses_channels
 from haq.problem.decision import Decision
 from haq.problem.peak import padded
 from haq.problem.problem import Problem
@@ -25,7 +26,12 @@ class Greedy(Solver):
     draws = False
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
-        """Measure sensitivities, then evaluate one policy."""
+        """Measure sensitivities, then evaluate one policy. Raises ValueError where channels are to be chosen."""
+        if chooses_channels(problem):
+            raise ValueError(
+                "greedy descends in widths alone and can't choose channels: leave prune out, or choose another solver, such "
+                "as ilp or surrogate"
+            )
         session.evaluate(propose(problem, sensitivity.measure(problem, session, keep=1)))
 
 

@@ -8,11 +8,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 import quantizers as Q
+from haq.problem.channels import ChannelProblem, chooses_channels
 from haq.problem.peak import PeakOfDecisions, padded
 from haq.problem.problem import Problem
 from haq.problem.programme import minimise
-from haq.solvers import iterated, sensitivity
+from haq.solvers import iterated, joint_programme, sensitivity
 from haq.solvers.base import Session, Solver, Spending
+from haq.solvers.joint_space import space_of
 
 MEASURED = 0.5  # of the evaluations, what sensitivities take at most if policies are to follow from which more is learned
 
@@ -44,6 +46,9 @@ class IntegerProgramme(Solver):
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
         """Measure sensitivities, then evaluate one policy; iterated, as many as are left."""
+        if chooses_channels(problem):
+            self._solve_jointly(problem, session)
+            return
         keep = max(session.evaluations - int(self.most_measured * session.evaluations), 1)
         loss_increase = sensitivity.measure(problem, session, keep)
         first = propose(problem, loss_increase)
@@ -51,6 +56,21 @@ class IntegerProgramme(Solver):
             iterated.search(problem, session, first, loss_increase, seed)
         else:
             session.evaluate(first)
+
+    def _solve_jointly(self, problem: ChannelProblem, session: Session) -> None:
+        """Evaluate the channels and widths that are optimal if what they lose adds up.
+
+        What widths lose is measured with all channels; what channels lose is predicted (`haq.solvers.removal`).
+        """
+        if self.iterate:
+            raise ValueError(
+                "ilp with iterate fits what widths lose and knows nothing of channels: leave iterate or prune out, or choose "
+                "another solver, such as surrogate"
+            )
+        joint_programme.check(problem.joint)
+        loss_increase = sensitivity.measure(problem, session, keep=1)
+        space = space_of(problem)
+        session.evaluate(space.policy(joint_programme.propose(problem.joint, space.losses(loss_increase))))
 
     def spending(self, problem: Problem, evaluations: int) -> list[Spending]:
         """Tell what evaluations go into beside sensitivities; see `Solver.spending`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -20,6 +21,7 @@ Floats = NDArray[np.float64]
 
 logger = logging.getLogger("haq")
 
+MOST_SHARES = 3  # of a group that are measured, others being interpolated
 MOST_SAMPLES = 256  # calibration samples that are looked at
 BATCH = 128
 LEAST = 1e-6  # nats: what a loss that drowns in noise is taken for
@@ -62,13 +64,18 @@ def _measured(problem: ChannelProblem, distribution: Distribution | None) -> lis
     whole = [len(channel.shares) - 1 for channel in problem.channel_decisions]
     found = []
     for group, channel in enumerate(problem.channel_decisions):
-        losses = np.zeros(len(channel.shares))
-        for number in range(len(channel.shares) - 1):
+        last = len(channel.shares) - 1
+        places = sorted({round(place) for place in np.linspace(0, last - 1, MOST_SHARES)})
+        measured = []
+        for number in places:
             numbers = list(whole)
             numbers[group] = number
-            losses[number] = max(_divergence(problem, distribution, numbers, parts, expected), LEAST)
-        # What isn't finite is as bad as anything.
-        losses = np.where(np.isfinite(losses), losses, 1 / LEAST)
+            loss = _divergence(problem, distribution, numbers, parts, expected)
+            if not math.isfinite(loss):
+                loss = 1 / LEAST  # as bad as anything
+            measured.append(max(loss, LEAST))
+        # Losses fall by about the same factor from share to share.
+        losses = np.append(np.exp(np.interp(np.arange(last), places, np.log(measured))), 0.0)
         found.append(np.maximum.accumulate(losses[::-1])[::-1])
     return found
 

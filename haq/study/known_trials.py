@@ -265,7 +265,11 @@ class _Gathered:
         """Evaluate the best policy again. Raises ValueError unless it comes out as it is known."""
         problem = self.problem
         sound = [
-            trial for trial in found if is_known_whole(trial.evaluation, problem) and math.isfinite(trial.evaluation.loss)
+            trial
+            for trial in found
+            if is_known_whole(trial.evaluation, problem)
+            and math.isfinite(trial.evaluation.loss)
+            and allows_keep(trial.policy, problem)
         ]
         if not sound:
             return

@@ -785,7 +785,7 @@ def _question(config: SearchConfig) -> list[str]:
         if metric != config.metric:
             words.append(metric)
         words.append(limit)
-    for name in ("max_drop", "at_least", "tradeoff"):
+    for name in ("max_drop", "at_least", "tradeoff", "prune"):
         value = getattr(config, name)
         if value is not None:
             words += [name.replace("_", "-"), str(value)]

@@ -510,7 +510,7 @@ class PolicyTable:
         kept = [""] * len(w)
         if channels is not None:
             kept = [layer.outputs_words for layer in channels.layers]
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 layer.name,
                 kept[i],
@@ -526,7 +526,7 @@ class PolicyTable:
             kind = problem.table.provenance
         caption = f"{_decided_words(channels)} per layer on {problem.target.name}; {metric} is {kind}"
         before_at = f"{metric} at {before_words(problem)}"
-        headings = ("layer", "channels kept", "weight bits", "activation bits", before_at, f"{metric} now")
+        headings: tuple[str, ...] = ("layer", "channels kept", "weight bits", "activation bits", before_at, f"{metric} now")
         if channels is None:
             headings = (headings[0], *headings[2:])
             rows = [(row[0], *row[2:]) for row in rows]

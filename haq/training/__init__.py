@@ -23,16 +23,20 @@ if TYPE_CHECKING:
     from haq.training.loop import augment as augment
     from haq.training.loop import fit as fit
     from haq.training.loop import fixed_weights as fixed_weights
+    from haq.training.methods import METHODS as METHODS
+    from haq.training.methods import Method as Method
+    from haq.training.methods import build_method as build_method
     from haq.training.reconstruction import reconstruct as reconstruct
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["adversaries", "config", "loop", "finetuning", "optimizers", "reconstruction"],
+    submodules=["adversaries", "config", "loop", "finetuning", "methods", "optimizers", "reconstruction"],
     submod_attrs={
         "adversaries": ["Adversary", "TrainingAttack"],
         "config": ["Judgement", "OnOutcome", "Outcome", "TrainConfig"],
         "loop": ["accuracy", "agreement", "augment", "fit", "fixed_weights"],
         "finetuning": ["ShortTuning", "finetune", "hold_out", "judge_of", "refresh_norms"],
+        "methods": ["METHODS", "Method", "build_method"],
         "reconstruction": ["reconstruct"],
     },
 )

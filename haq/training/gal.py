@@ -33,7 +33,13 @@ class GenerativeAdversarial(Method):
     needs_all_epochs = True
 
     def __init__(
-        self, penalty: float = 0.01, mu: float = 1.0, every: int = 1, tune: float = 0.5, rate: float | None = None
+        self,
+        penalty: float = 0.01,
+        mu: float = 1.0,
+        every: int = 1,
+        tune: float = 0.5,
+        rate: float | None = None,
+        blocks: bool = False,
     ) -> None:
         """Say how much is to be pruned.
 
@@ -43,6 +49,7 @@ class GenerativeAdversarial(Method):
             every: Steps of training for each step of the masks. (The paper has 200, in hundreds of epochs.)
             tune: The share of the epochs, the last ones, in which what is left is fine-tuned.
             rate: The learning rate of masks, at its highest; None: that of the network's weights.
+            blocks: Whether residual blocks have masks too, so that whole blocks can go.
 
         Raises:
             ValueError: For a value outside that.
@@ -57,6 +64,9 @@ class GenerativeAdversarial(Method):
             raise ValueError(f"gal has tune={tune!r}; it must be a share of the epochs, from 0 to below 1")
         if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf):
             raise ValueError(f"gal has rate={rate!r}; it must be a number above 0, or None for that of the weights")
+        if not isinstance(blocks, bool):
+            raise ValueError(f"gal has blocks={blocks!r}; it must be True or False")
+        self.blocks = blocks
         self.penalty = float(penalty)
         self.mu = float(mu)
         self.every = every
@@ -77,7 +87,7 @@ class GenerativeAdversarial(Method):
         import torch
 
         import quantizers as Q
-        from quantizers.pruning import Discriminator, Fista, SoftMasks, channel_groups
+        from quantizers.pruning import Discriminator, Fista, SoftMasks, channel_groups, residual_blocks
 
         network = training.network
         if Q.quant_layers(training.module):
@@ -96,9 +106,14 @@ class GenerativeAdversarial(Method):
             scores = training.outputs(self.baseline, example)
         if not isinstance(scores, torch.Tensor) or scores.dim() != 2:
             raise ValueError(f"gal holds class scores against each other, and {network.name} returns something else")
-        self.masks = SoftMasks(training.module, channel_groups(training.module, example))
+        blocks = {}
+        if self.blocks:
+            blocks = residual_blocks(training.module, example)
+            if not blocks:
+                raise ValueError(f"gal has blocks=True, and {network.name} has no residual block that could go: leave it out")
+        self.masks = SoftMasks(training.module, channel_groups(training.module, example), blocks)
         self.discriminator = Discriminator(scores.shape[1], training.generator).to(network.device)
-        self.fista = Fista(self.masks.masks)
+        self.fista = Fista([*self.masks.masks, *self.masks.block_masks])
         self.modules = {"masks": self.masks, "discriminator": self.discriminator}
         self.optimizers = {
             "discriminator": torch.optim.SGD(self.discriminator.parameters(), lr=0.0, momentum=MOMENTUM, weight_decay=DECAY)
@@ -178,10 +193,14 @@ class GenerativeAdversarial(Method):
         self.masks.fold(training.module)
 
     def rebuilt(self, module: nn.Module) -> nn.Module:
-        """Return the network without the channels whose masks are zero."""
-        from quantizers.pruning import remove_channels
+        """Return the network without the channels and the blocks whose masks are zero."""
+        from quantizers.pruning import remove_blocks, remove_channels
 
-        return remove_channels(module, self.masks.groups, self.masks.kept())
+        smaller = remove_channels(module, self.masks.groups, self.masks.kept())
+        lost = self.masks.lost_blocks()
+        if not lost:
+            return smaller
+        return remove_blocks(smaller, lost)
 
     def report(self) -> list[str]:
         """Say how many channels are left."""
@@ -194,6 +213,9 @@ class GenerativeAdversarial(Method):
             if not mask.any():
                 text += ", which are zeros: no mask is left, so that nothing passes here (a lower penalty leaves some)"
             sentences.append(text)
+        if self.masks.blocks:
+            lost = ", ".join(self.masks.lost_blocks()) or "none"
+            sentences.append(f"residual blocks that are gone, of {len(self.masks.blocks)}: {lost}")
         return sentences
 
     def tensors(self) -> dict[str, Any]:

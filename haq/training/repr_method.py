@@ -56,6 +56,7 @@ class RePr(Method):
 
     Attributes:
         overlaps: The mean overlap of the ranked filters after every epoch.
+        overlap: The same of the network that is kept.
         dropped: Numbers of the filters that are dropped now, by layer.
     """
 
@@ -95,6 +96,7 @@ class RePr(Method):
         self.next_layers = next_layers
         self.dropped: dict[str, tuple[int, ...]] = {}
         self.overlaps: list[float] = []
+        self.overlap = 0.0
         self._old: dict[str, Tensor] = {}
         self._layers: dict[str, _ConvNd] = {}
         self._norms: dict[str, _BatchNorm] = {}
@@ -169,8 +171,14 @@ class RePr(Method):
         self.overlaps.append(mean_overlap(self._weights()))
 
     def may_keep(self, training: TrainingState) -> bool:
-        """Keep only networks that have all of their filters."""
-        return not self.dropped
+        """Keep only networks that went through all cycles."""
+        assert self.full is not None
+        assert self.reduced is not None
+        return training.epoch > self.cycles * (self.full + self.reduced)
+
+    def finish(self, training: TrainingState) -> None:
+        """Measure how much the filters of the network that is kept overlap."""
+        self.overlap = mean_overlap(self._weights())
 
     def tensors(self) -> dict[str, Any]:
         """Add what is dropped, and what it was."""
@@ -185,10 +193,9 @@ class RePr(Method):
         self.overlaps = list(content["overlaps"])
 
     def report(self) -> list[str]:
-        """Say how the overlap changed."""
-        if not self.overlaps:
-            return []
-        return [f"mean overlap of {sum(map(len, self._weights().values()))} filters: {self.overlaps[-1]:.4f} in the end"]
+        """Say how much filters overlap."""
+        count = sum(map(len, self._weights().values()))
+        return [f"mean overlap of {count} filters: {self.overlap:.4f}, after {self.cycles} cycles of RePr"]
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: layer.weight for name, layer in self._layers.items()}

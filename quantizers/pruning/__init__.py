@@ -3,6 +3,7 @@
 from quantizers.kept import (
     kept_channels,
 )
+from quantizers.pruning.blocks import ResidualBlock, remove_blocks, removed_blocks, residual_blocks
 from quantizers.pruning.channels import (
     ChannelGroup,
     ChannelGroups,
@@ -25,6 +26,11 @@ from quantizers.pruning.criterion import (
     criterion_names,
     criterion_rows,
     select,
+)
+from quantizers.pruning.filter_overlap import (
+    filter_overlaps,
+    orthogonal_filters,
+    overlapping_filters,
 )
 from quantizers.pruning.filters import (
     MainSubsidiary,
@@ -58,6 +64,12 @@ from quantizers.pruning.groups import (
 from quantizers.pruning.kernel_clusters import (
     share_kernels,
 )
+from quantizers.pruning.lottery_ticket import (
+    magnitude_masks,
+    mask_density,
+    maskable_weights,
+    shuffled_masks,
+)
 from quantizers.pruning.removal import (
     mask_channels,
     remove_channels,
@@ -86,6 +98,7 @@ __all__ = [
     "Random",
     "Ranking",
     "ScoreRanking",
+    "ResidualBlock",
     "SoftMasks",
     "Taylor",
     "WithConstants",
@@ -94,6 +107,7 @@ __all__ = [
     "criterion_names",
     "criterion_rows",
     "discriminator_loss",
+    "filter_overlaps",
     "generator_loss",
     "group_convolutions",
     "kept_channels",
@@ -101,13 +115,22 @@ __all__ = [
     "layerwise_pruning",
     "learn_groups",
     "learned_groups",
+    "magnitude_masks",
     "make_dense",
     "mask_channels",
+    "mask_density",
+    "maskable_weights",
     "masked_layers",
+    "orthogonal_filters",
+    "overlapping_filters",
     "prune",
+    "remove_blocks",
     "remove_channels",
     "remove_filters",
+    "removed_blocks",
+    "residual_blocks",
     "select",
     "share_kernels",
+    "shuffled_masks",
     "soft_threshold",
 ]

@@ -23,6 +23,9 @@ Place = tuple[str, str, int]  # a module or tensor, the dimension, the position 
 MOVING = {"view", "reshape", "transpose", "swapaxes", "permute", "movedim", "flatten", "unflatten", "contiguous"}
 MOVING |= {"channel_shuffle", "native_channel_shuffle"}
 INPUT = "input{}"  # the parameter that stands for an input while the network is followed
+MOST_PLACES = 10_000  # of a channel, in the whole network
+MOST_VISITS = 50  # of a node
+LOST = "what becomes of them on the way to the outputs can't be followed"
 SHUFFLE = "shuffle "  # a name that no module has
 UNSIGNED = 2**64
 TENSOR_ORDER = 10**9  # tensors that are no module's are behind all modules
@@ -233,6 +236,8 @@ class _Reading:
         node = self.graph.module2node[root]
         start = [index(idx=channel, root_idx=channel) for channel in range(count)]
         seen: dict[Any, set[Any]] = {}
+        visits: Counter[Any] = Counter()
+        left = MOST_PLACES * count
         todo = [(node, pruner.prune_out_channels, start)]
         while todo:
             node, side, channels = todo.pop()
@@ -241,10 +246,19 @@ class _Reading:
             if not new:
                 continue
             known.update(new)
+            visits[node, side] += 1
+            left -= len(new)
+            if left < 0 or visits[node, side] > MOST_VISITS:
+                # Every channel comes back as others, again and again, as in a recurrent layer.
+                self.reasons.update({(self.names[root], OUT, channel): LOST for channel in range(count)})
+                return
             self._join(root, node, side, new)
             self._tie_shuffled(root, node, new)
             triggered = [dependency for dependency in node.dependencies if dependency.is_triggered_by(side)]
-            todo.extend((edge.target, edge.handler, self._mapped(edge, new)) for edge in triggered)
+            try:
+                todo.extend((edge.target, edge.handler, self._mapped(edge, new)) for edge in triggered)
+            except Exception:  # whatever torch-pruning's mappings meet in what they take for something else
+                self.reasons.update({(self.names[root], OUT, channel): LOST for channel in range(count)})
 
     def _mapped(self, dependency: Any, channels: list[Any]) -> list[Any]:
         """Follow channels along an edge of the graph."""
@@ -429,7 +443,7 @@ class _Reading:
             if isinstance(module, MAKERS) and name not in followed:
                 fixed[name] = "it is never called"
                 if name in self.order:
-                    fixed[name] = "what becomes of them on the way to the outputs can't be followed"
+                    fixed[name] = LOST
         return ChannelGroups(tuple(groups), fixed)
 
     def _why_fixed(self, channels: list[list[Place]], units: list[tuple[int, ...]]) -> str:

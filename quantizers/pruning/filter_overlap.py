@@ -26,9 +26,9 @@ def filter_overlaps(weight: Tensor) -> Tensor:
         weight: (J, ...), a filter in each row. One of zeros overlaps with nothing.
 
     Returns:
-        Overlaps (J,), float64, from 0 to (J - 1) / J.
+        Overlaps (J,), float64 on the CPU, from 0 to (J - 1) / J.
     """
-    rows = _unit_rows(weight.detach().flatten(1).double())
+    rows = _unit_rows(weight.detach().flatten(1).cpu().double())
     products = (rows @ rows.T).abs()
     products.fill_diagonal_(0)
     return products.sum(1) / len(rows)
@@ -91,8 +91,8 @@ def orthogonal_filters(kept: Tensor, old: Tensor, generator: torch.Generator) ->
         New filters, in the shape of `old`, each as long as those that are kept are in the mean (1 if none is, or all are
         zero).
     """
-    held = kept.detach().flatten(1).double().cpu()
-    before = old.detach().flatten(1).double().cpu()
+    held = kept.detach().flatten(1).cpu().double()
+    before = old.detach().flatten(1).cpu().double()
     basis = _orthonormal_rows(held)
     own: list[Tensor] = []
     for filter_before in before:

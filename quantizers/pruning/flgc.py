@@ -302,10 +302,9 @@ def _convolutions(conv: nn.Conv2d, live: Iterable[tuple[tuple[int, ...], tuple[i
 
 def _ordinary(like: nn.Conv2d, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Conv2d:
     """Make an ordinary convolution with the stride, padding and dilation of another one, of a weight and a bias."""
-    sizes: Any = {"kernel_size": like.kernel_size, "stride": like.stride, "padding": like.padding, "dilation": like.dilation}
-    channels = weight.shape[1] * groups, weight.shape[0]
-    place = {"device": "meta", "dtype": weight.dtype}
-    conv = nn.Conv2d(*channels, **sizes, groups=groups, bias=bias is not None, padding_mode=like.padding_mode, **place)
+    given: dict[str, Any] = {name: getattr(like, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+    given |= {"device": "meta", "dtype": weight.dtype, "groups": groups, "bias": bias is not None}
+    conv = nn.Conv2d(weight.shape[1] * groups, weight.shape[0], like.kernel_size, **given)  # type: ignore[arg-type]
     conv.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), like.weight.requires_grad)
     if bias is not None:
         conv.bias = nn.Parameter(bias.detach().clone(), like.weight.requires_grad)

@@ -10,7 +10,8 @@ The masks are moved by FISTA (`Fista`), which makes many of them exactly zero. L
 
 A mask multiplies a channel where it is read: in the input of every convolution and linear layer that reads it. A channel whose
 mask is zero can then be removed without any change, and the other masks become part of the weights that read
-(`SoftMasks.fold`).
+(`SoftMasks.fold`). Residual blocks may have a mask each, which multiplies what their branch adds; where it is zero, the block
+goes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantizers.pruning.blocks import ResidualBlock, scale_output
 from quantizers.pruning.channels import IN, ChannelGroup, ChannelGroups
 
 HIDDEN = (128, 256, 128)  # neurons of the discriminator's hidden layers
@@ -94,7 +96,7 @@ class Fista:
         if not rate >= 0 or not penalty >= 0:
             raise ValueError(f"a step of rate {rate!r} and penalty {penalty!r} means nothing: both must be numbers from 0 on")
         for place, parameter in enumerate(self.parameters):
-            moved = parameter
+            moved: Tensor = parameter
             if parameter.grad is not None:
                 moved = parameter - rate * parameter.grad
             made = soft_threshold(moved, rate * penalty).clamp(min=0)
@@ -138,9 +140,10 @@ class Fista:
 class _MaskedInput:
     """A hook that multiplies what a layer reads by masks: of each position of the input, the mask that counts for it."""
 
-    def __init__(self, mask: nn.Parameter, index: Tensor) -> None:
+    def __init__(self, mask: nn.Parameter, index: Tensor, axis: int) -> None:
         self.mask = mask
         self.index = index  # of every position its unit of the mask; the last number for a position that has none
+        self.axis = axis  # of the layer's weight, along which the positions lie
 
     def values(self) -> Tensor:
         """Return what every position is multiplied by."""
@@ -155,6 +158,16 @@ class _MaskedInput:
         return (x * values, *others)
 
 
+class _MaskedOutput:
+    """A hook that multiplies what a layer gives by a mask."""
+
+    def __init__(self, mask: nn.Parameter) -> None:
+        self.mask = mask
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output * self.mask.to(output.dtype)
+
+
 class SoftMasks(nn.Module):
     """Soft masks on the channels of a network, one for every channel (or unit of channels) that can be removed.
 
@@ -164,20 +177,24 @@ class SoftMasks(nn.Module):
     Attributes:
         groups: The groups of channels that they are on.
         masks: The masks of each group, (units,), in the order of the groups.
+        blocks: The residual blocks that have a mask.
+        block_masks: The mask of each block, (1,), in the order of the blocks.
     """
 
-    def __init__(self, network: nn.Module, groups: ChannelGroups) -> None:
+    def __init__(self, network: nn.Module, groups: ChannelGroups, blocks: Mapping[str, ResidualBlock] | None = None) -> None:
         """Attach masks to a network.
 
         Args:
             network: The float network; it gets hooks, no parameters.
             groups: What `channel_groups` returned for it.
+            blocks: What `residual_blocks` returned for it; None: only channels have masks.
 
         Raises:
-            ValueError: If no channel of the network can be removed.
+            ValueError: If no channel and no block of the network can be removed.
         """
         super().__init__()
-        if not len(groups):
+        self.blocks = dict(blocks or {})
+        if not len(groups) and not self.blocks:
             reasons = ""
             for name, reason in list(groups.fixed.items())[:1]:
                 reasons = f" (of {name!r}: {reason})"
@@ -192,9 +209,15 @@ class SoftMasks(nn.Module):
             for member in group.members:
                 if member.dim == IN:
                     layer = network.get_submodule(member.module)
-                    hook = _MaskedInput(mask, _index(group, member.places, _inputs_of(layer)))
+                    hook = _MaskedInput(mask, _index(group, member.places, _inputs_of(layer)), member.axis)
                     self._readers.append((member.module, hook))
                     self._handles.append(layer.register_forward_pre_hook(hook))
+        self.block_masks = nn.ParameterList(
+            [nn.Parameter(torch.ones(1, device=weight.device)) for _ in range(len(self.blocks))]
+        )
+        for mask, block in zip(self.block_masks, self.blocks.values(), strict=True):
+            last = network.get_submodule(block.last)
+            self._handles.append(last.register_forward_hook(_MaskedOutput(mask)))
 
     def detach_from_network(self) -> None:
         """Take the masks off the network, whose layers then read channels as they are."""
@@ -211,9 +234,9 @@ class SoftMasks(nn.Module):
         """
         self.detach_from_network()
         for name, hook in self._readers:
-            weight = network.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            weight.mul_(hook.values().view(1, -1, *[1] * (weight.dim() - 2)))
+            _scale_inputs(network.get_submodule(name), hook.values(), hook.axis)
+        for mask, block in zip(self.block_masks, self.blocks.values(), strict=True):
+            scale_output([network.get_submodule(block.last)], mask)
 
     def kept(self) -> dict[str, tuple[int, ...]]:
         """Return the channels that are kept, by group, as `remove_channels` takes them: those whose masks aren't zero.
@@ -227,9 +250,32 @@ class SoftMasks(nn.Module):
             found[group.name] = tuple(channels)
         return found
 
+    def lost_blocks(self) -> dict[str, bool]:
+        """Return the blocks whose mask is zero, as `remove_blocks` takes them."""
+        found = {}
+        for mask, (name, block) in zip(self.block_masks, self.blocks.items(), strict=True):
+            if not mask.any():
+                found[name] = block.relu
+        return found
+
     def zeros(self) -> int:
-        """Count the masks that are exactly zero."""
+        """Count the masks of channels that are exactly zero."""
         return sum(int((mask == 0).sum()) for mask in self.masks)
+
+
+def _scale_inputs(layer: nn.Module, values: Tensor, axis: int) -> None:
+    """Multiply the weights of a layer by a value for each position of its input."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    groups = getattr(layer, "groups", 1)
+    if axis == 0 or groups == 1:
+        shape = [1] * weight.dim()
+        shape[axis] = -1
+        weight.mul_(values.view(shape))
+        return
+    # The filters of a grouped convolution have weights for the inputs of their own group alone.
+    by_group = weight.view(groups, -1, *weight.shape[1:])
+    by_group.mul_(values.view(groups, 1, -1, *[1] * (weight.dim() - 2)))
 
 
 def _index(group: ChannelGroup, places: Sequence[Sequence[int]], size: int) -> Tensor:

@@ -74,7 +74,21 @@ def prune(
     ranking = found.prepare(network, groups, given, loss, generator, forward=forward)
     pruned = remove_channels(network, groups, select(ranking, groups, keep))
     if given is not None:
-        norms = [norm for norm in running_norms(pruned) if not is_frozen(norm)]
-        if norms:
-            take_statistics(pruned, norms, map(copied, collect(given, pruned, forward)), forward)
+        refresh_norms(pruned, given, forward)
     return pruned
+
+
+def refresh_norms(network: nn.Module, batches: Batches, forward: Forward | None = None) -> None:
+    """Give batch norms the mean and variance of what they see now, in place, in one pass; frozen ones keep theirs.
+
+    Args:
+        network: A network from which channels were removed.
+        batches: Inputs, as `quantize` takes them for calibration.
+        forward: What runs the network on a batch, as in `quantize`.
+
+    Raises:
+        ValueError: If a norm sees a single value of each channel, so that there is no variance.
+    """
+    norms = [norm for norm in running_norms(network) if not is_frozen(norm)]
+    if norms:
+        take_statistics(network, norms, map(copied, collect(batches, network, forward)), forward)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from quantizers.pruning.removal import mask_channels, remove_channels
 SEED = 1
 SAME = 1e-9  # of the largest value, in double precision
 SAME_SINGLE = 1e-4
+WHOLE = 2  # trials in which channels of all groups are removed
 DIFFERS = "without them the network computes something else than with zeros in their places"
 
 
@@ -119,12 +121,22 @@ class Trial:
         return {**self._alone(groups[:middle]), **self._alone(groups[middle:])}
 
     def _failure(self, groups: Sequence[ChannelGroup]) -> str:
-        """Say in what way removal of channels of some groups isn't what masking is; nothing if it is."""
+        """Say in what way removal of channels of some groups isn't what masking is; nothing if it is.
+
+        Channels of all of them are removed, once the first and once not, and then of some groups and not of others, so that
+        of any two groups once the one is smaller and the other as it was: two halves that must stay as large are no two
+        groups.
+        """
+        for number in range(WHOLE + (len(groups) - 1).bit_length()):
+            chosen = [group for place, group in enumerate(groups) if number < WHOLE or place >> (number - WHOLE) & 1]
+            kept = {group.name: self._some(group, number) for group in chosen if group.units > 1}
+            if kept and (reason := self._difference(groups, kept)):
+                return reason
+        return ""
+
+    def _difference(self, groups: Sequence[ChannelGroup], kept: Mapping[str, list[int]]) -> str:
+        """Say in what way removal isn't what masking is for one choice of channels; nothing if it is."""
         all_groups = ChannelGroups(tuple(groups), {})
-        kept = {group.name: self._some(group) for group in groups}
-        kept = {name: channels for name, channels in kept.items() if channels}
-        if not kept:
-            return ""
         try:
             given = self._outputs(remove_channels(self.network, all_groups, kept))
         except Exception as error:  # whatever a network raises
@@ -134,20 +146,19 @@ class Trial:
         if len(given) != len(expected):
             return DIFFERS
         for one, other in zip(given, expected, strict=True):
-            if one.shape != other.shape:
-                return DIFFERS
-            if not _are_close(one, other, self.same):
+            if one.shape != other.shape or not _are_close(one, other, self.same):
                 return DIFFERS
         return ""
 
-    def _some(self, group: ChannelGroup) -> list[int]:
-        """Choose channels of a group to keep, about three quarters of its units and not all; none if there is one unit."""
-        if group.units == 1:
-            return []
-        count = min(max(1, round(0.75 * group.units)), group.units - 1)
-        generator = torch.Generator().manual_seed(SEED)
-        units = torch.randperm(group.units, generator=generator)[:count].sort().values.tolist()
-        return [unit * group.unit + place for unit in units for place in range(group.unit)]
+    def _some(self, group: ChannelGroup, number: int) -> list[int]:
+        """Choose channels of a group to keep, others for every name and number; the first unit only for odd numbers."""
+        generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()) + number)
+        count = int(torch.randint(1, group.units, (1,), generator=generator))
+        if number % 2:
+            units = [0, *(1 + torch.randperm(group.units - 1, generator=generator)[: count - 1]).tolist()]
+        else:
+            units = (1 + torch.randperm(group.units - 1, generator=generator)[:count]).tolist()
+        return [unit * group.unit + place for unit in sorted(units) for place in range(group.unit)]
 
 
 def _as_double(tensor: Tensor) -> Tensor:

@@ -20,14 +20,25 @@ from haq.console.errors import run_command
 from haq.store.history import COLUMNS
 from haq.study.search_run import SearchRun
 from hw_models import trust
-from tests.commands.test_search_command import MODULE
-from tests.conftest import enter, small_network
+from tests.conftest import enter
+from tests.study.test_channels_of_runs import network as whole_network
 from tests.study.test_exact_resume import cut, same
 
 JOB = ["--network", "small_job:network", "--data", "small_job:splits"]
 PRUNED = [*JOB, "--budget", "0.4", "--prune", "0.25:1", "--criterion", "fpgm"]
 SHORT = [*PRUNED, "--solver", "random", "--evaluations", "12"]
-CRITERION = '''
+MODULE = '''
+import torch
+from haq.networks import Network
+from tests.conftest import brightest, images
+from tests.study import test_channels_of_runs
+
+def splits():
+    parts = {name: images(count, seed) for seed, (name, count) in enumerate((("train", 64), ("search", 64), ("test", 64)))}
+    return {name: (x, brightest(x)) for name, x in parts.items()}
+
+def network():
+    return Network("convolutions", test_channels_of_runs.network(), (1, 8, 8))
 
 def middle(network, group):
     """The channels in the middle."""
@@ -38,7 +49,7 @@ def middle(network, group):
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty current folder with a small job of one's own in it, and a criterion."""
-    enter(tmp_path, monkeypatch, MODULE + CRITERION)
+    enter(tmp_path, monkeypatch, MODULE)
     trust.trust("small_job:network", "small_job:splits")
 
 
@@ -47,7 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, whose network was fine-tuned."""
     folder = tmp_path_factory.mktemp("pruned")
     with pytest.MonkeyPatch.context() as patch:
-        enter(folder, patch, MODULE + CRITERION)
+        enter(folder, patch, MODULE)
         assert call(search.main, *SHORT, "--finetune-epochs", "1", "--out", "run") == 0
     return folder / "run"
 
@@ -89,7 +100,7 @@ def test_what_is_found_stands_in_all_files(run: Path) -> None:
     assert json.loads((run / "policy.json").read_text())["version"] == 2
     rows = rows_of(run)
     assert tuple(rows[0]) == (*COLUMNS, "keep")
-    kept = "-".join(f"{policy.keep.get(name, 1.0):g}" for name in ("pointwise", "hidden"))
+    kept = "-".join(f"{policy.keep.get(name, 1.0):g}" for name in ("first", "second"))
     assert any(row["keep"] == kept for row in rows if row["solver"] == "random")
     # Rivals search bits alone.
     assert {row["keep"] for row in rows if row["solver"] != "random"} == {"1-1"}
@@ -101,7 +112,7 @@ def test_what_is_found_stands_in_all_files(run: Path) -> None:
     settings = (run / "config.yaml").read_text()
     assert "prune: 0.25:1" in settings
     assert "criterion: fpgm" in settings
-    network = haq.load(run, network=small_network())
+    network = haq.load(run, network=whole_network())
     assert len(Q.kept_channels(network)) == len(policy.keep)
     assert (run / "policy.png").read_bytes().startswith(b"\x89PNG")
 
@@ -158,7 +169,7 @@ def test_its_page_has_channels_beside_bits(run: Path, capsys: pytest.CaptureFixt
 def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [*SHORT, "--finetune-epochs", "0"]
     assert call(search.main, *asked, "--out", "whole") == 0
-    for times in (5, 17):  # by its own solver, and by a rival
+    for times in (5, 13):  # by its own solver, and by a rival
         cut(monkeypatch, SearchRun, "record", times, search.main, *asked, "--out", "cut")
         assert call(search.main, "--resume", "cut") == 0
         assert same("whole", "cut") == []
@@ -186,7 +197,7 @@ def test_it_is_tuned_by_every_method(run: Path, capsys: pytest.CaptureFixture[st
         assert call(finetune.main, "run", *options, "--json") == 0, options
         result = json.loads(capsys.readouterr().out)
         assert result["channels"] == kept
-        network = haq.load(run, network=small_network())
+        network = haq.load(run, network=whole_network())
         assert Q.kept_channels(network)
 
 
@@ -258,7 +269,7 @@ def test_criteria_of_ones_own_are_imported_if_they_are_named(capsys: pytest.Capt
         (["--prune", "0.5"], "--prune is '0.5', and must reach 1"),
         (["--prune", "1:0.5"], "--prune is '1:0.5': the smaller share comes first"),
         (["--prune", "0.5:1", "--criterion", "fgpm"], "unknown criterion 'fgpm'; did you mean fpgm"),
-        (["--prune", "0.5:1", "--criterion", "small_job:lacking"], "small_job has no lacking"),
+        (["--prune", "0.5:1", "--criterion", "small_job:lacking"], "module small_job has no 'lacking'"),
         (["--prune", "0.5:1", "--budget", "0.001"], "budget 0.001 is out of reach"),
     ],
 )
@@ -283,17 +294,17 @@ def test_without_torch_pruning_it_says_what_to_install(
 def test_files_that_dont_fit_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     policy = json.loads((run / "policy.json").read_text())
     for keep, sentence in (
-        ({"pointwise": 0.3}, "run/policy.json: group 'pointwise' can't keep 0.3 of its channels; it may keep 0.25, 0.375"),
+        ({"first": 0.3}, "run/policy.json: group 'first' can't keep 0.3 of its channels; it may keep 0.25, 0.375"),
         ({"stem": 0.5}, "run/policy.json: the channels of 'stem' can't be pruned: layer 'stem', which writes them, is pinned"),
         ({"other": 0.5}, "'other', which is no group of channels"),
-        ({"pointwise": 2.0}, "'keep.pointwise' is 2.0"),
+        ({"first": 2.0}, "'keep.first' is 2.0"),
         ({}, "'keep'"),
     ):
         (run / "policy.json").write_text(json.dumps({**policy, "keep": keep}))
         capsys.readouterr()
         assert call(evaluate.main, "run") == 2
         assert sentence in told(capsys)
-    (run / "policy.json").write_text(json.dumps({**policy, "keep": {"pointwise": 0.25, "hidden": 0.25}}))
+    (run / "policy.json").write_text(json.dumps({**policy, "keep": {"first": 0.25, "second": 0.875}}))
     assert call(evaluate.main, "run") == 2
     words = told(capsys)
     assert "run/policy.json and run/checkpoint/quantized.safetensors: the policy keeps" in words
@@ -307,6 +318,10 @@ def test_criteria_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"l1", "l2", "bn-scale", "fpgm", "kse", "taylor", "random"} <= set(names)
 
 
-def test_sweeps_prune_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(sweep.main, *JOB, "--prune", "0.25:1") == 2
-    assert "--prune" in told(capsys)
+def test_sweeps_search_channels_too(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [*JOB, "--hw", "edge,cloud", "--budgets", "0.5", "--solvers", "random", "--evaluations", "3"]
+    assert call(sweep.main, *asked, "--prune", "1,0.5", "--out", "sweep") == 0
+    assert "0.5 or 1 of the channels of 2 groups" in told(capsys)
+    runs_of = [folder for folder in Path("sweep").iterdir() if (folder / "history.csv").is_file()]
+    assert {part for folder in runs_of for row in rows_of(folder) for part in row["keep"].split("-")} == {"1", "0.5"}
+    assert call(report.main, "sweep") == 0

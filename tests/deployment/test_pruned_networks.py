@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,8 +94,13 @@ def deployed(exporter: Exporter, network: nn.Module, x: Tensor, folder: Path) ->
     return exporter.compare(network, graph, Samples(x, x, lambda: [(x, torch.zeros(len(x)))]), path)
 
 
-@pytest.mark.parametrize("name", ["branches", "mini", "one channel"])
-@pytest.mark.parametrize("to", list(NEEDED))
+NETWORKS = ("branches", "mini", "one channel")
+LONG = ("tvm", "mini")  # to compile a network of many layers takes long
+CASES: list[Any] = [(to, name) for to in NEEDED for name in NETWORKS if (to, name) != LONG]
+CASES.append(pytest.param(*LONG, marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize(("to", "name"), CASES)
 def test_answers_are_equal(to: str, name: str, tmp_path: Path) -> None:
     if lacking := [module for module in NEEDED[to] if importlib.util.find_spec(module) is None]:
         pytest.skip(f"{lacking[0]} is not installed")
@@ -107,6 +113,7 @@ def test_every_exporter_is_tried() -> None:
     assert set(NEEDED) == set(EXPORTERS)
 
 
+@pytest.mark.slow
 def test_what_is_deployed_is_smaller(tmp_path: Path) -> None:
     """The file holds the smaller layers' weights alone."""
     whole = Q.quantize(mobilenet_mini().eval(), Q.BitPolicy.uniform(mobilenet_mini(), 8, 8), calibrate=images(8)).eval()

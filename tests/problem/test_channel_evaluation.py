@@ -141,6 +141,7 @@ def test_a_bad_policy_is_cut_short_and_the_rest_is_as_ever() -> None:
     problem = haq.Problem(
         network_of("residual"), images(24), samples(500), "edge", objective="agreement", pinned={}, prune=[1, 0.125]
     )
+    assert isinstance(problem, ChannelProblem)
     policy = problem.uniform(2).with_keep(problem.keep_of([0] * len(problem.channel_decisions)))
     cut = problem.evaluate(policy, 0.99)
     assert cut.images < 500
@@ -229,6 +230,7 @@ def test_several_inputs_a_forward_and_another_objective() -> None:
         pinned={},
         residuals=8,
     )
+    assert isinstance(problem, ChannelProblem)
     policy = problem.uniform(8).with_keep(problem.keep_of([0] * len(problem.channel_decisions)))
     judged = problem.evaluate(policy)
     assert judged.value != problem.evaluate(problem.uniform(8)).value

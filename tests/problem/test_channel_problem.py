@@ -104,7 +104,10 @@ def test_what_policies_keep_is_checked(problem: ChannelProblem) -> None:
             problem.check_policy(policy.with_keep(keep))
         with pytest.raises(NotAllowed, match=words):
             problem.policy_cost(policy.with_keep(keep))
+    with pytest.raises(NotAllowed, match="the channels are chosen already"):
+        problem.at({}).check_policy(policy.with_keep({"stem.0": 0.5}))
     at = problem.at({"stem.0": 0.5})
+    assert at.workload == problem.shape_of({"stem.0": 0.5})[0]
     assert at.uniform(8).keep == {"stem.0": 0.5}
     with pytest.raises(NotAllowed, match="the channels are chosen already"):
         at.check_policy(policy)

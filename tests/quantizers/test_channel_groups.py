@@ -377,6 +377,39 @@ def test_what_torch_pruning_takes_for_granted_is_tried_out(run: Any, reason: str
     check_removal(network, groups)
 
 
+def in_turn(net: Any, x: Tensor) -> Any:
+    x = net.one(x)
+    return head(net, torch.cat([net.two(x[:, ::2]), net.three(x[:, 1::2])], 1))
+
+
+def test_two_halves_that_must_stay_as_large_are_fixed() -> None:
+    """Every choice that takes as many of both would do; others wouldn't."""
+    network = Net(in_turn, one=conv(3, 8), two=conv(4, 4), three=conv(4, 4), head=nn.Linear(8, 2))
+    groups = channel_groups(network, IMAGES)
+    assert list(groups) == ["two", "three"]
+    assert "can't run without some of them" in groups.fixed["one"]
+    check_removal(network, groups)
+
+
+class Recurrent(nn.Module):
+    """A convolution in front of a recurrent layer."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.first, self.recurrent, self.head = nn.Conv1d(3, 6, 3), kind(6, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.head(self.recurrent(self.first(x).transpose(1, 2))[0][:, -1])
+        return made
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_what_recurrent_layers_read_is_fixed(kind: Any) -> None:
+    groups = channel_groups(Recurrent(kind), torch.randn(2, 3, 9))
+    assert not list(groups)
+    assert set(groups.fixed) == {"first", "head"}
+
+
 def test_zeros_hide_nothing() -> None:
     """A block whose last norm is zero, as at the start of training, answers the same whatever is removed within."""
     network = Net(reduced, one=conv(3, 8), last=conv(8, 5), head=nn.Linear(5, 2))
@@ -517,7 +550,7 @@ def networks(draw: st.DrawFn) -> nn.Module:
 
 
 @given(networks(), st.integers(0, 1000))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_removal_is_masking_on_random_networks(network: nn.Module, seed: int) -> None:
     example = IMAGES[:, :, :6, :6].double()
     network = seeded(network)

@@ -17,7 +17,10 @@ from quantizers.pruning import (
     channel_groups,
     discriminator_loss,
     generator_loss,
+    remove_blocks,
     remove_channels,
+    removed_blocks,
+    residual_blocks,
     soft_threshold,
 )
 from tests.conftest import images, small_network
@@ -46,6 +49,14 @@ def residual_network() -> nn.Module:
     torch.manual_seed(0)
     pool = nn.AdaptiveAvgPool2d(2)
     return nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), Block(), pool, nn.Flatten(), nn.Linear(28, 4)).eval()
+
+
+def grouped_network() -> nn.Module:
+    """A network in which a grouped convolution reads channels, and writes some, which are kept in pairs."""
+    torch.manual_seed(0)
+    grouped = nn.Conv2d(8, 12, 3, padding=1, groups=2)
+    layers = (nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), grouped, nn.ReLU(), nn.Conv2d(12, 6, 1), nn.ReLU())
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 4)).eval()
 
 
 def filled(masks: SoftMasks, seed: int = 0) -> None:
@@ -157,7 +168,7 @@ def test_its_state_goes_on_as_it_would_have() -> None:
         Fista([nn.Parameter(torch.ones(3))]).load_state_dict(fista.state_dict())
 
 
-@pytest.mark.parametrize("build", [small_network, residual_network])
+@pytest.mark.parametrize("build", [small_network, residual_network, grouped_network])
 def test_removal_computes_what_the_masked_network_does(build: object) -> None:
     network = build()  # type: ignore[operator]
     x = images(16)
@@ -174,8 +185,65 @@ def test_removal_computes_what_the_masked_network_does(build: object) -> None:
         smaller = remove_channels(network, groups, masks.kept())
         assert (smaller(x) - masked).abs().max() <= 1e-6
     left = sum(len(channels) for channels in masks.kept().values())
-    assert left == sum(group.channels for group in groups.groups) - masks.zeros()
+    gone = zip(masks.masks, groups.groups, strict=True)
+    assert left == sum(group.channels - group.unit * int((mask == 0).sum()) for mask, group in gone)
     assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in network.parameters())
+
+
+class Sum(nn.Sequential):
+    """x + f(x), with a ReLU behind it or without."""
+
+    def __init__(self, relu: bool, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + super().forward(x)
+        if self.relu:
+            result = result.relu()
+        return result
+
+
+def network_of_blocks() -> nn.Module:
+    torch.manual_seed(0)
+
+    def branch() -> list[nn.Module]:
+        layers = [nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1)]
+        return [*layers, nn.BatchNorm2d(6)]
+
+    plain = nn.Sequential(*branch())  # of the same shapes, but no block
+    stem = nn.Conv2d(1, 6, 3, padding=1)
+    pool = nn.AdaptiveAvgPool2d(2)
+    layers = (stem, Sum(True, *branch()), Sum(False, *branch()), plain, Sum(True, *branch()), pool, nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(24, 4)).eval()
+
+
+def test_residual_blocks_are_found_and_can_go() -> None:
+    network = network_of_blocks()
+    x = images(8)
+    blocks = residual_blocks(network, x[:1])
+    assert {name: (block.last, block.relu) for name, block in blocks.items()} == {
+        "1": ("1.4", True),
+        "2": ("2.4", False),
+        "4": ("4.4", True),
+    }
+    with torch.no_grad():
+        plain = network(x)
+        masks = SoftMasks(network, channel_groups(network, x[:1]), blocks)
+        assert torch.equal(network(x), plain)
+        filled(masks)
+        for mask, value in zip(masks.block_masks, (0.0, 0.0, 0.5), strict=True):
+            mask.fill_(value)
+        masked = network(x)
+        masks.fold(network)
+        assert masks.lost_blocks() == {"1": True, "2": False}
+        smaller = remove_blocks(remove_channels(network, masks.groups, masks.kept()), masks.lost_blocks())
+        assert (smaller(x) - masked).abs().max() <= 1e-6
+    assert removed_blocks(copy.deepcopy(smaller)) == {"1": True, "2": False}
+    assert isinstance(smaller[1], nn.ReLU)
+    assert isinstance(smaller[2], nn.Identity)
+    with pytest.raises(ValueError, match="the network has no block '9' that could be removed"):
+        remove_blocks(network, {"9": True})
 
 
 def test_a_group_without_masks_left_keeps_a_channel_of_zeros() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from quantizers.pruning import ChannelGroup, ChannelGroups, Member, ScoreRanking, select
+from quantizers.pruning.criteria import geometric_median
 from quantizers.pruning.criteria.geometric_median import summed_distances
 from quantizers.pruning.criteria.kse import kernel_entropy, kernel_importance, kernel_sparsity
 from quantizers.pruning.criteria.norm import filter_norms
@@ -156,6 +157,13 @@ def test_geometric_median_is_invariant_under_translation(seed: int, network: nn.
         for layer in (network.stem, network.branch, network.depthwise):
             layer.weight.add_(torch.randn(layer.weight.shape[1:], generator=generator))
     assert torch.allclose(scores("fpgm", network, groups), before, rtol=1e-4)
+
+
+def test_distances_of_large_layers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    filters = torch.randn(20, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 5
+    expected = summed_distances(filters)
+    monkeypatch.setattr(geometric_median, "MOST_SUBTRACTED", 0)
+    assert torch.allclose(summed_distances(filters), expected)
 
 
 # Kernel sparsity and entropy

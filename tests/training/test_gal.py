@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import nn
 import quantizers as Q
 from haq import data, networks, train, training
 from haq.console.errors import run_command
+from haq.networks.grouped import read_blocks
 from haq.store.checkpoint import Checkpoint
 from haq.training.gal import GenerativeAdversarial
 from haq.training.methods import build_method
+from quantizers.pruning import SoftMasks
 from tests.conftest import brightest, fitted_network, images
 
 pytest.importorskip("torch_pruning")
@@ -158,7 +161,8 @@ def test_masks_begin_anew_when_the_learning_rate_has_fallen() -> None:
         ("gal(every=0)", "gal has every=0; it must be a number of steps from 1 on"),
         ("gal(tune=1)", "gal has tune=1; it must be a share of the epochs, from 0 to below 1"),
         ("gal(rate=0)", "gal has rate=0; it must be a number above 0"),
-        ("gal(share=0.3)", "has share=; gal takes penalty=, mu=, every=, tune= and rate="),
+        ("gal(blocks=1)", "gal has blocks=1; it must be True or False"),
+        ("gal(share=0.3)", "has share=; gal takes penalty=, mu=, every=, tune=, rate= and blocks="),
     ],
 )
 def test_bad_values_are_refused_in_a_sentence(text: str, message: str) -> None:
@@ -183,7 +187,60 @@ def test_what_it_cannot_work_with_is_refused_in_a_sentence() -> None:
             training.fit(network, split(), config, module=trained, method=made())
 
 
+class Sum(nn.Sequential):
+    """relu(x + f(x))."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = (x + super().forward(x)).relu()
+        return result
+
+
+def blocks() -> networks.Network:
+    torch.manual_seed(0)
+    branch = (nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1))
+    layers = (nn.Conv2d(1, 6, 3, 2, 1), Sum(*branch), nn.Conv2d(6, 6, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4))
+    return networks.Network("blocks", nn.Sequential(*layers).eval(), (1, 8, 8))
+
+
+def test_whole_blocks_go_and_the_file_knows(tmp_path: Path) -> None:
+    network = blocks()
+    method = GenerativeAdversarial(2.0, tune=0.0, rate=0.05, blocks=True)
+    training.fit(network, split(), CONFIG, method=method)
+    with torch.no_grad():
+        for mask in method.masks.block_masks:  # whatever was learned
+            mask.zero_()
+    network = blocks()
+    masks = SoftMasks(network.module, method.masks.groups, method.masks.blocks)
+    masks.load_state_dict(method.masks.state_dict())
+    masks.fold(network.module)
+    smaller = method.rebuilt(network.module).eval()
+    assert method.report()[-1] == "residual blocks that are gone, of 1: 1"
+    with torch.no_grad():
+        assert (smaller(INPUTS) - network.module(INPUTS)).abs().max() <= 1e-6
+    path = tmp_path / "blocks.safetensors"
+    name = "tests.training.test_gal:blocks"
+    networks.save_checkpoint(replace(network, name=name, module=smaller), path)
+    again = networks.load(f"{name}@{path}")
+    assert Q.pruning.removed_blocks(again.module) == {"1": True}
+    assert again.module(INPUTS).equal(smaller(INPUTS))
+    with pytest.raises(ValueError, match="gal has blocks=True, and small has no residual block that could go"):
+        training.fit(NETWORK, split(), CONFIG, module=copy.deepcopy(NETWORK.module), method=GenerativeAdversarial(blocks=True))
+
+
+def test_blocks_of_a_file_are_checked() -> None:
+    assert read_blocks('{"layer1.1": true}') == {"layer1.1": True}
+    for text, message in (
+        ("{", "are no JSON"),
+        ("[]", "where true or false by block is wanted"),
+        ('{"layer1.1": 1}', "its block 'layer1.1' that is gone is 1; true or false"),
+    ):
+        with pytest.raises(ValueError, match="^[^\n]*$") as refused:
+            read_blocks(text)
+        assert message in str(refused.value)
+
+
 MODULE = """
+from quantizers.pruning import SoftMasks
 from tests.conftest import brightest, fitted_network, images, small_network
 def splits():
     return {name: (images(n, n), brightest(images(n, n))) for name, n in (("train", 64), ("search", 32), ("test", 32))}

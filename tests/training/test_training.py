@@ -158,6 +158,8 @@ JOB = ["--network", "train_job:network", "--data", "train_job:splits", "--epochs
         ["--scheme", "linear", "--bits", "4/4", "--pretrained"],
         ["--scheme", "lsq", "--bits", "2/3", "--pretrained", "--lipschitz", "1e-3"],
         ["--scheme", "binary", "--bits", "1/1", "--ends", "float/float", "--optimizer", "adam", "--clip-weights"],
+        ["--method", "repr(cycles=1, full=1, reduced=2)"],
+        ["--method", "lottery(rounds=1, share=0.5)", "--optimizer", "adam"],
     ],
 )
 def test_an_interrupted_training_goes_on_exactly(

@@ -15,6 +15,8 @@ from quantizers.pruning.channels import ChannelGroup
 from quantizers.pruning.criterion import Criterion
 from quantizers.pruning.weights import writer_filters, writing_layers
 
+MOST_SUBTRACTED = 1 << 32  # pairs of weights, which take some seconds; layers of VGG have a hundred times as many
+
 
 def summed_distances(filters: Tensor) -> Tensor:
     """Return of every filter the sum of its Euclidean distances to all filters.
@@ -25,9 +27,12 @@ def summed_distances(filters: Tensor) -> Tensor:
     Returns:
         Sums of shape (filters,), in the weights' own units; the smallest is next to the geometric median.
     """
-    # Not by way of products, whose rounding would part filters that are equal.
-    distances = torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.sum(1)
+    # By way of products only where it would take too long without: their rounding parts filters that are equal.
+    mode = "donot_use_mm_for_euclid_dist"
+    if len(filters) * filters.numel() > MOST_SUBTRACTED:
+        mode = "use_mm_for_euclid_dist"
+    centred = filters - filters.mean(0)
+    return torch.cdist(centred, centred, compute_mode=mode).sum(1)
 
 
 class GeometricMedian(Criterion, name="fpgm"):
