@@ -9,8 +9,9 @@ is fine-tuned for as many epochs, on as many images, with the float network as t
     bits only   widths of 2 to 8 bits, all channels
     channels    which share of its channels each group keeps, at 8 bits
     two steps   channels at 8 bits first, for the root of the budget (0.45 of the latency where 0.2 is asked for), then bits of
-                what is left, for all of it. Where bits can't save as much, channels save more. Each step has half of the
-                evaluations, and one of the epochs of fine-tuning comes between them
+                what is left, for all of it. Where bits can't save as much, channels save more, and are searched again with
+                four fifths for as long as that takes. Each search has half of the evaluations
+    retrained   two steps with one of the epochs of fine-tuning between them
     joint       both at once
 
 First and last layer stay at 8 bits. All methods search with the same solver, and choose in the same way: of a search's best
@@ -67,8 +68,9 @@ TARGETS = ("edge", "bitfusion-small", "finn")
 BUDGETS = (0.2, 0.1, 0.5, 0.3)  # in the order in which they are done
 JUDGED = (0.2, 0.1)  # budgets of the verdicts
 MOST_TARGETS = 2  # on which joint must be better
-BITS, CHANNELS, TWO_STEPS, JOINT = METHODS = ("bits only", "channels", "two steps", "joint")
-RIVALS = (BITS, TWO_STEPS)
+BITS, CHANNELS, TWO_STEPS, RETRAINED, JOINT = METHODS = ("bits only", "channels", "two steps", "retrained", "joint")
+RIVALS = (BITS, TWO_STEPS, RETRAINED)
+LEFT, AGAIN = 0.9, 0.8  # what bits may use of the budget at least, and how much further channels go where they would use more
 SEEDS = 3
 SOLVER = "surrogate"
 CALIBRATION = 256  # images
@@ -283,28 +285,44 @@ def find(bench: Bench, method: str, target: str, budget: float) -> Found:
     Returns:
         What is to be fine-tuned: within the budget, or the cheapest that the method can make.
     """
-    if method == TWO_STEPS:
-        return find_in_two_steps(bench, target, budget)
+    if method in (TWO_STEPS, RETRAINED):
+        return find_in_two_steps(bench, target, budget, int(method == RETRAINED))
     effort = bench.effort
-    problem, least = within(bench.problem(method, target), target, budget)
+    problem, least = within(bench.problem(method, target), budget)
     policy = search(bench, problem, effort.evaluations)
     cost = problem.policy_cost(policy) / problem.reference
     return Found(problem.quantized(policy), policy, dict(policy.keep), cost, least, effort.epochs)
 
 
-def find_in_two_steps(bench: Bench, target: str, budget: float) -> Found:
-    """Remove channels at 8 bits, fine-tune for an epoch, and then choose bits for what is left."""
+def find_in_two_steps(bench: Bench, target: str, budget: float, between: int) -> Found:
+    """Remove channels at 8 bits, and then choose bits for what is left.
+
+    Args:
+        bench: The network.
+        target: The hardware.
+        budget: As of `find`.
+        between: Epochs of fine-tuning between the steps.
+
+    Returns:
+        What is to be fine-tuned.
+    """
     effort = bench.effort
     bits = bench.problem(BITS, target)
-    first, _ = within(bench.problem(CHANNELS, target), target, first_budget(budget, bits.smallest / bits.reference))
-    # The first half of the evaluations. Its finalists are the second step's.
-    pruned = solved(bench, first, effort.evaluations // 2).policy
-    smaller = remove(bench.network.module, first, pruned)
-    between = min(1, effort.epochs)
-    smaller = bench.tune(refreshed(bench, smaller), between)
-    whole = haq.Problem(smaller, bench.calibration, bench.search, target, budget=1.0)
-    share = budget * bits.reference / whole.reference
-    second, least = within(whole, target, min(share, whole.largest / whole.reference))
+    share = first_budget(budget, bits.smallest / bits.reference)
+    while True:
+        first, cheapest = within(bench.problem(CHANNELS, target), share)
+        # Finalists are the second step's alone.
+        pruned = solved(bench, first, effort.evaluations // 2).policy
+        smaller = refreshed(bench, remove(bench.network.module, first, pruned))
+        whole = haq.Problem(smaller, bench.calibration, bench.search, target, budget=1.0)
+        if whole.smallest <= LEFT * budget * bits.reference or cheapest is not None:
+            break
+        share *= AGAIN
+    if between:
+        smaller = bench.tune(smaller, between)
+        whole = haq.Problem(smaller, bench.calibration, bench.search, target, budget=1.0)
+    allowed = budget * bits.reference / whole.reference
+    second, least = within(whole, min(allowed, whole.largest / whole.reference))
     if least is not None:
         least *= whole.reference / bits.reference
     policy = search(bench, second, effort.evaluations - effort.evaluations // 2)
@@ -320,12 +338,12 @@ def first_budget(budget: float, least_by_bits: float) -> float:
         least_by_bits: What bits alone leave at least, as a share of the latency of the same network at 8 bits.
 
     Returns:
-        The root of the budget; less where bits couldn't save the rest. A tenth is left for widths to differ.
+        The root of the budget; less where bits couldn't save the rest.
     """
-    return min(budget**0.5, 0.9 * budget / least_by_bits)
+    return min(budget**0.5, LEFT * budget / least_by_bits)
 
 
-def within(problem: Problem, target: str, budget: float) -> tuple[Problem, float | None]:
+def within(problem: Problem, budget: float) -> tuple[Problem, float | None]:
     """Put a problem within a budget, or within the least that it can cost.
 
     Returns:
@@ -373,7 +391,7 @@ def finalists(problem: Problem, result: haq.Result, count: int) -> list[Q.BitPol
     return list(dict.fromkeys([*chosen, *others]))[:count]
 
 
-def kind_of(problem: Problem, trial: Trial) -> tuple[float, float]:
+def kind_of(problem: Any, trial: Trial) -> tuple[float, float]:
     """Return about how many channels a policy keeps, and about how many bits they have."""
     keep = dict(trial.policy.keep)
     shares = [1.0]
@@ -475,26 +493,48 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     lines = []
     good = []
     for target in _present(row.target for row in rows):
-        better = []
-        for budget, rival in itertools.product(JUDGED, RIVALS):
-            apart = difference(rows, target, budget, rival)
-            if apart is None or apart.error is None:
-                lines.append(f"{target}, {budget:g}: joint against {rival} isn't known")
-                better.append(False)
-                continue
-            better.append(apart.mean > apart.error)
-            lines.append(f"{target}, {budget:g}: joint against {rival} {apart.words('+')} points: {_holds(better[-1])}")
-        if all(better):
+        better = [judged(rows, target, budget, rival) for budget, rival in itertools.product(JUDGED, RIVALS)]
+        lines += [line for _, line in better]
+        if all(holds for holds, _ in better):
             good.append(target)
     on = "none"
     if good:
         on = ", ".join(good)
     budgets = " and ".join(f"{budget:g}" for budget in JUDGED)
     lines.append(
-        f"joint better than {' and '.join(RIVALS)} by more than a paired standard error, at {budgets} on at least "
-        f"{MOST_TARGETS} targets: {_holds(len(good) >= MOST_TARGETS)} ({on})"
+        f"joint better than {', '.join(RIVALS)} by more than a paired standard error, at {budgets} on at least {MOST_TARGETS} "
+        f"targets: {_holds(len(good) >= MOST_TARGETS)} ({on})"
     )
     return lines
+
+
+def judged(rows: Sequence[Row], target: str, budget: float, rival: str) -> tuple[bool, str]:
+    """Say whether joint is better than a rival for one target and budget.
+
+    A rival that has nothing within the budget is no better, whatever its cheapest is worth, which is told.
+
+    Returns:
+        Whether it is, and a line about it.
+    """
+    ours, theirs = (_of(rows, target, budget, method) for method in (JOINT, rival))
+    apart = difference(rows, target, budget, rival)
+    where = f"{target}, {budget:g}"
+    if apart is None or apart.error is None:
+        return False, f"{where}: joint against {rival} isn't known"
+    if any(row.least is not None for row in ours):
+        return False, f"{where}: out of reach of joint: {_holds(False)}"
+    if all(row.least is not None for row in theirs):
+        dearer = statistics.mean(row.cost for row in theirs)
+        return True, (
+            f"{where}: out of reach of {rival}, whose cheapest has {Mean.of([row.after for row in theirs]).words()} % at "
+            f"{dearer:.3f}; joint has {Mean.of([row.after for row in ours]).words()} % within the budget: {_holds(True)}"
+        )
+    holds = apart.mean > apart.error
+    return holds, f"{where}: joint against {rival} {apart.words('+')} points: {_holds(holds)}"
+
+
+def _of(rows: Sequence[Row], target: str, budget: float, method: str) -> list[Row]:
+    return [row for row in rows if (row.target, row.budget, row.method) == (target, budget, method)]
 
 
 def _holds(holds: bool) -> str:
@@ -514,7 +554,7 @@ def table_of(rows: Sequence[Row], seeds: int) -> tuple[list[str], Lines]:
     lines = []
     for target, budget in itertools.product(_present(row.target for row in rows), sorted({r.budget for r in rows})[::-1]):
         for method in METHODS:
-            own = [row for row in rows if (row.target, row.budget, row.method) == (target, budget, method)]
+            own = _of(rows, target, budget, method)
             lines.append([target, f"{budget:g}", method, *_cells(rows, own, seeds)])
     return head, lines
 
@@ -591,7 +631,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for color, method in enumerate(METHODS):
             points = []
             for budget in sorted({row.budget for row in rows}):
-                own = [row for row in rows if (row.target, row.budget, row.method) == (target, budget, method)]
+                own = _of(rows, target, budget, method)
                 if own:
                     mean = Mean.of([row.after for row in own])
                     points.append((statistics.mean(row.cost for row in own), 100 * mean.mean, 100 * (mean.error or 0)))
@@ -638,18 +678,34 @@ def read_rows(path: Path, effort: Effort) -> list[Row]:
     """Read the cells of an earlier call; raises ValueError for those of another effort."""
     rows = []
     for line in _lines(path):
-        figures = [float(line[name]) for name in Row._fields[5:12]]
+        evaluations, epochs = int(line["evaluations"]), int(line["epochs"])
+        if (evaluations, epochs) != (effort.evaluations, effort.epochs):
+            raise ValueError(
+                f"{path} has cells of {evaluations} evaluations and {epochs} epochs, and {effort.evaluations} and "
+                f"{effort.epochs} are asked for: give another --out, or --again"
+            )
         least = None
         if line["least"]:
             least = float(line["least"])
-        counts = int(line["evaluations"]), int(line["epochs"])
-        if counts != (effort.evaluations, effort.epochs):
-            raise ValueError(
-                f"{path} has cells of {counts[0]} evaluations and {counts[1]} epochs, and {effort.evaluations} and "
-                f"{effort.epochs} are asked for: give another --out, or --again"
-            )
-        known = (line["target"], float(line["budget"]), line["method"], int(line["seed"]))
-        rows.append(Row(*known, least, *figures, *counts, float(line["seconds"]), line["policy"]))  # type: ignore[arg-type]
+        row = Row(
+            target=line["target"],
+            budget=float(line["budget"]),
+            method=line["method"],
+            seed=int(line["seed"]),
+            least=least,
+            cost=float(line["cost"]),
+            macs=float(line["macs"]),
+            weights=float(line["weights"]),
+            activations=float(line["activations"]),
+            float_accuracy=float(line["float_accuracy"]),
+            before=float(line["before"]),
+            after=float(line["after"]),
+            evaluations=evaluations,
+            epochs=epochs,
+            seconds=float(line["seconds"]),
+            policy=line["policy"],
+        )
+        rows.append(row)
     return rows
 
 
@@ -730,7 +786,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def stand_in(rows: Sequence[Row], cell: tuple[str, float, str, int]) -> Row | None:
     """Return the row of a larger budget that was out of reach already, whose cheapest stands in for this one, too."""
     target, budget, method, seed = cell
-    if method == TWO_STEPS:
+    if method in (TWO_STEPS, RETRAINED):
         # Its first step depends on the budget.
         return None
     for row in rows:

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from experiments import prune_and_quantize as experiment
-from experiments.prune_and_quantize import BITS, CHANNELS, JOINT, TWO_STEPS, Row
+from experiments.prune_and_quantize import BITS, CHANNELS, JOINT, RETRAINED, TWO_STEPS, Row
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def test_every_method_runs_and_only_what_is_missing_is_done_again(
     assert rows[0] == ",".join(Row._fields)
     assert [row.split(",")[2] for row in rows[1:]] == list(experiment.METHODS)
     page = (out / "prune_and_quantize.md").read_text()
-    for word in ("| edge | 0.7 | joint |", "joint better than bits only and two steps"):
+    for word in ("| edge | 0.7 | joint |", "joint better than bits only, two steps, retrained"):
         assert word in page
     assert (out / "prune_and_quantize.png").stat().st_size > 1000
     # A killed call has written the cells that it finished.
@@ -74,7 +74,8 @@ def test_verdicts_are_of_paired_differences() -> None:
         for budget in experiment.JUDGED:
             for seed, luck in enumerate((0.0, 0.05, -0.05)):
                 rows += [row(JOINT, seed, 0.82 + luck, target, budget), row(BITS, seed, 0.8 + luck, target, budget)]
-                rows.append(row(TWO_STEPS, seed, 0.81 + luck + 0.001 * seed, target, budget))
+                for method in (TWO_STEPS, RETRAINED):
+                    rows.append(row(method, seed, 0.81 + luck + 0.001 * seed, target, budget))
     apart = experiment.difference(rows, "edge", 0.2, TWO_STEPS)
     assert apart is not None
     assert apart.mean == pytest.approx(0.009)
@@ -85,6 +86,13 @@ def test_verdicts_are_of_paired_differences() -> None:
     worse = [one._replace(after=0.7) if one.cell[:3] == ("finn", 0.1, JOINT) else one for one in rows]
     assert experiment.verdicts(worse)[-1].endswith("doesn't hold (edge)")
     assert "isn't known" in experiment.verdicts([one for one in rows if one.method != BITS])[0]
+    # What isn't within the budget isn't better, whatever it is worth; joint must be within it.
+    dearer = [one._replace(least=0.3, cost=0.3, after=0.9) if one.method == BITS else one for one in rows]
+    holds, line = experiment.judged(dearer, "edge", 0.2, BITS)
+    assert holds
+    assert "out of reach of bits only, whose cheapest has 90.00 ± 0.00 % at 0.300" in line
+    beyond = [one._replace(least=0.3) if one.method == JOINT else one for one in dearer]
+    assert experiment.judged(beyond, "edge", 0.2, BITS) == (False, "edge, 0.2: out of reach of joint: doesn't hold")
 
 
 def test_the_first_of_two_steps_leaves_what_bits_can_save() -> None:
