@@ -30,7 +30,16 @@ def end_padding(kernel: Size, stride: Size, padding: Size, dilation: Size, input
 
 
 def kind_of(in_channels: int, groups: int, kernel: Size) -> str:
-    """Name the kind of a convolution: "conv", "pointwise", "depthwise" or "grouped"."""
+    """Name the kind of a convolution.
+
+    Args:
+        in_channels: Of its input.
+        groups: How many groups of channels are convolved by themselves.
+        kernel: Height and width.
+
+    Returns:
+        "conv", "pointwise", "depthwise" or "grouped".
+    """
     if groups > 1 and groups == in_channels:
         return "depthwise"
     if groups > 1:
