@@ -63,6 +63,7 @@ STEPS = 64  # shares that are tried, of all channels
 SEEN = 512  # images for norms and criteria
 TUNED_AT, SCRATCH_AT = 0.02, 0.1  # learning rates
 BATCH = 64
+SEEDS = 3
 
 
 class Effort(NamedTuple):
@@ -245,14 +246,14 @@ class Spread(NamedTuple):
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
-        """Return them; the error of a single value is 0."""
-        error = 0.0
+        """Return them; nothing is known of the error of a single value."""
+        error = math.nan
         if len(values) > 1:
             error = statistics.stdev(values) / len(values) ** 0.5
         return Spread(statistics.mean(values), error)
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} ± {self.error:.2f}"
+        return f"{self.mean:.2f} ± {of_error(self.error)}"
 
 
 def of(rows: Sequence[Row], network: str, target: float, criterion: str) -> list[Row]:
@@ -294,7 +295,13 @@ def table(rows: Sequence[Row], network: str, target: float) -> Table:
 
 
 def signed(found: Spread) -> str:
-    return f"{found.mean:+.2f} ± {found.error:.2f}"
+    return f"{found.mean:+.2f} ± {of_error(found.error)}"
+
+
+def of_error(error: float) -> str:
+    if math.isnan(error):
+        return "?"
+    return f"{error:.2f}"
 
 
 def verdicts(rows: Sequence[Row]) -> Iterator[str]:
@@ -324,10 +331,23 @@ def document(rows: Sequence[Row], command: str) -> str:
         f"Made by `experiments/{NAME}.py`; every smaller network is in `{NAME}.csv`.",
         f"    {command}",
         *(paragraph.replace("\n", " ") for paragraph in about[2:5]),
+        *unfinished(rows),
         "\n".join(f"* {line}" for line in verdicts(rows)),
         *(table(rows, network, target).markdown() for network, target in compared(rows)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def unfinished(rows: Sequence[Row]) -> Iterator[str]:
+    """Say so if seeds are lacking: what the figures stand on is less than it was to be."""
+    known = {row.key for row in rows}
+    wanted = [key for name in (DEFAULT, SMALL) for seed in range(SEEDS) for key in asked(name, seed)]
+    lacking = [key for key in wanted if key not in known]
+    if lacking:
+        yield (
+            f"Not finished: {len(lacking)} of {len(wanted)} rows for {SEEDS} seeds are lacking. The last column of a table says of "
+            "how many seeds a row is; an error of few seeds says little. The same call goes on with them."
+        )
 
 
 def load_rows(path: Path) -> list[Row]:
@@ -348,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.{NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--networks", nargs="+", choices=(DEFAULT, SMALL), default=[DEFAULT, SMALL])
     parser.add_argument("--quick", action="store_true", help="only see that it runs: one seed, few images and steps")
     parser.add_argument("--anew", action="store_true", help="forget the rows that there are")
