@@ -45,10 +45,14 @@ class Claim(NamedTuple):
     words: str
     holds: bool
     found: str
+    seeds: int = 2  # that it is judged by; by one alone it isn't
 
     def __str__(self) -> str:
         """Write it as a sentence of a page."""
-        return f"{shared.verdict(self.holds, DOES_NOT)}: {self.words} ({self.found})"
+        verdict = shared.verdict(self.holds, DOES_NOT)
+        if self.seeds < 2:
+            verdict = "not judged by one seed"
+        return f"{verdict}: {self.words} ({self.found})"
 
 
 class Page(NamedTuple):
@@ -80,13 +84,13 @@ def spread(values: Sequence[float]) -> Spread:
 def above(words: str, differences: Sequence[float], by: float = 0.0) -> Claim:
     """Claim that paired differences, in points, are above a number: by more than the standard error of their mean."""
     found = spread(differences)
-    return Claim(words, found.mean - by > found.error, _each(found, differences))
+    return Claim(words, found.mean - by > found.error, _each(found, differences), len(differences))
 
 
 def within(words: str, differences: Sequence[float], by: float) -> Claim:
     """Claim that the mean of paired differences, in points, isn't further below 0 than a number."""
     found = spread(differences)
-    return Claim(words, found.mean >= -by, _each(found, differences))
+    return Claim(words, found.mean >= -by, _each(found, differences), len(differences))
 
 
 def _each(found: Spread, differences: Sequence[float]) -> str:

@@ -37,6 +37,7 @@ def test_what_holds_is_computed() -> None:
     assert not shared.above("it is above", [-1.0, 2.0, 0.0]).holds
     assert not shared.above("by more than 2", [1.0, 2.0, 3.0], by=2).holds
     assert shared.within("it is close", [-0.2, -0.3], 0.3).holds
+    assert str(shared.above("it is above", [1.0])).startswith("not judged by one seed: it is above (+1.00")
     assert str(shared.within("it is close", [-0.5, -0.3], 0.3)).startswith("doesn't hold: it is close (-0.40")
 
 
