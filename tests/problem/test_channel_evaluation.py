@@ -188,7 +188,7 @@ def test_tuning_is_of_the_smaller_network() -> None:
     assert seen == [problem.kept_channels(policy.keep)]
 
 
-class Signs(Criterion, name="signs-for-tests"):
+class Signs(Criterion):
     """Says that it needs a loss and data, and uses both."""
 
     needs_data = needs_loss = True
