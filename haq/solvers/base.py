@@ -408,6 +408,7 @@ class Solver(ABC):
         goals: What it can look for by itself, of "best", "cheapest" and "tradeoff".
         most_measured: The share of its evaluations that sensitivities take at most.
         races: Whether it lets evaluations end early that can't be among the best (`Session.racing_beat`).
+        searches_channels: Whether it can work on a problem of which channels are chosen too (`haq.problem.channels`).
     """
 
     name: ClassVar[str] = ""
@@ -422,6 +423,7 @@ class Solver(ABC):
     takes_agent: ClassVar[bool] = False
     goals: ClassVar[tuple[str, ...]] = (BEST.kind,)
     races: ClassVar[bool] = False
+    searches_channels: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         """Call a class that gives itself no name after itself."""
@@ -456,6 +458,17 @@ class Solver(ABC):
             that something is left out, as there are too few.
         """
         return [Spending("policies that it chooses one after the other", evaluations)]
+
+
+def check_searches_channels(solver: str | type[Solver] | Solver) -> None:
+    """Raise ValueError for a solver that can't choose channels."""
+    found = find_solver(solver)
+    if not getattr(found, "searches_channels", True):
+        name = getattr(found, "name", "") or type(found).__name__
+        raise ValueError(
+            f"solver {name!r} decides widths alone and can't choose channels: leave prune out, or choose another solver, such "
+            "as ilp or surrogate"
+        )
 
 
 def find_solver(solver: str | type[Solver] | Solver, iterate: bool = False) -> Solver:

@@ -14,7 +14,7 @@ from haq.problem.peak import padded
 from haq.problem.problem import Problem
 from haq.problem.programme import STEP, Programme
 from haq.solvers import sensitivity
-from haq.solvers.base import Session, Solver
+from haq.solvers.base import Session, Solver, check_searches_channels
 
 
 class Greedy(Solver):
@@ -24,14 +24,12 @@ class Greedy(Solver):
     summary = "measured sensitivities, and step by step what costs the least for what it saves"
     uses_sensitivities = True
     draws = False
+    searches_channels = False
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
         """Measure sensitivities, then evaluate one policy. Raises ValueError where channels are to be chosen."""
         if chooses_channels(problem):
-            raise ValueError(
-                "greedy descends in widths alone and can't choose channels: leave prune out, or choose another solver, such "
-                "as ilp or surrogate"
-            )
+            check_searches_channels(self)
         session.evaluate(propose(problem, sensitivity.measure(problem, session, keep=1)))
 
 

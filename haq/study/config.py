@@ -767,6 +767,7 @@ class SearchConfig(_Config):
             raise ValueError(f"--{error}") from None
         if not _is_code("criterion", self.criterion_name):
             Criterion.named(self.criterion_name, modules=False)
+        _check_searches_channels(self.prune, self.solver)
 
     @property
     def criterion_name(self) -> str:
@@ -955,6 +956,7 @@ class SweepConfig(_Config):
                 raise ValueError(f"--{option} is {','.join(values)!r}; it must be names parted by commas, each of them once")
         for solver in self.solvers:
             check_name(SOLVERS, solver)
+            _check_searches_channels(self.settings.prune, solver)
         for drop in self.max_drops:
             check_drop(drop)
         names = [SweepCell(hw, budget, "", 0, drop).folder for hw in self.hw for budget, drop in self.asked]
@@ -1448,6 +1450,15 @@ def scheme_parts(text: str) -> list[str]:
     """List the schemes that a value of --scheme names: of all layers, and of single ones."""
     of_all, layers = read_scheme(text)
     return [of_all, *layers.values()]
+
+
+def _check_searches_channels(prune: str | None, solver: str) -> None:
+    """Raise ValueError for a solver of ours that can't choose channels, where some are to be pruned."""
+    if prune is None or _is_code("solver", solver):
+        return
+    from haq.solvers.base import check_searches_channels
+
+    check_searches_channels(solver)
 
 
 def _is_code(field: str, name: str) -> bool:
