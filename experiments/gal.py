@@ -38,7 +38,7 @@ from quantizers.pruning import ChannelGroups, channel_groups, remove_channels
 
 NAME = "gal"
 BATCH, RATE, TUNING_RATE = 64, 0.1, 0.02
-PENALTY, MASK_RATE = 0.15, 0.02
+PENALTY, MASK_RATE = 0.35, 0.003
 CUT = 30.0  # percent of the multiply-accumulates, at least
 UNPRUNED, GAL, SAME, EVEN, SCRATCH = "unpruned", "GAL", "random, same widths", "random, even widths", "Scratch-B"
 ORDER = (UNPRUNED, GAL, SAME, EVEN, SCRATCH)
