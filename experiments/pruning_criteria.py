@@ -345,7 +345,7 @@ def unfinished(rows: Sequence[Row]) -> Iterator[str]:
     lacking = [key for key in wanted if key not in known]
     if lacking:
         yield (
-            f"Not finished: {len(lacking)} of {len(wanted)} rows for {SEEDS} seeds are lacking. The last column of a table says of "
+            f"Not finished: {len(lacking)} of {len(wanted)} rows for {SEEDS} seeds are lacking. The last column says of "
             "how many seeds a row is; an error of few seeds says little. The same call goes on with them."
         )
 
