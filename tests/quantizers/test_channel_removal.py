@@ -55,9 +55,8 @@ SLOW = [
     ("timm:efficientnet_lite0", 64, 24),
     ("timm:convnext_atto", 64, 12),
     ("timm:swin_tiny_patch4_window7_224", 224, 12),
-    ("pytorchcv:preresnet18", 64, 9),
-    ("pytorchcv:igcv3_wd4", 64, 4),
-    ("pytorchcv:shufflenet_g3_wd4", 224, 1),
+    ("pytorchcv:preresnet18", 224, 9),
+    ("pytorchcv:igcv3_wd4", 224, 4),
 ]
 
 
