@@ -96,6 +96,8 @@ def page(job: Job, outcomes: Sequence[Outcome]) -> shared.Page:
     about = [
         f"four convolutions on {len(job.train):,} images of Fashion-MNIST, {job.epochs} epochs, tested on {len(job.test):,}",
         f"{job.cycles} cycles of {epochs}, then all to the end",
+        f"a cycle is {(job.full + job.reduced) * len(job.train) // BATCH} steps, where the paper has 30 epochs of 50,000 "
+        "images: filters that come back, and what the next layers do with them, have little time to learn here",
     ]
     return shared.Page("RePr against standard training", about, claims, ("training", "accuracy", "mean overlap"), rows)
 
