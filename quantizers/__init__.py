@@ -86,6 +86,7 @@ from quantizers.network import (
 from quantizers.norms import (
     reestimate_norms,
 )
+from quantizers.plugins import PluginRow
 from quantizers.policy import (
     END_BITS,
     BitPolicy,
@@ -129,7 +130,6 @@ from quantizers.scheme import (
     IntegerWeights,
     Scheme,
     SchemeLayer,
-    SchemeRow,
     scheme_names,
     scheme_rows,
     schemes_from_records,
@@ -176,6 +176,7 @@ __all__ = [
     "QuantLinear",
     "RPReLU",
     "RSign",
+    "PluginRow",
     "Ranking",
     "ReconstructedPart",
     "Reconstruction",
@@ -183,7 +184,6 @@ __all__ = [
     "ResidualQuantizer",
     "Scheme",
     "SchemeLayer",
-    "SchemeRow",
     "Stage",
     "WIDTHS",
     "WeightClipping",

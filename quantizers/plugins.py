@@ -8,12 +8,78 @@ A package offers one in its pyproject.toml:
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class PluginRow(NamedTuple):
+    """A name by which something can be given, where it comes from, and one line about it."""
+
+    name: str
+    origin: str  # "built in", or the installed package with its version
+    line: str
+
+
+def is_ours(kind: type) -> bool:
+    """Say whether a class is of this package."""
+    return kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def rows_of(known: Mapping[str, Any], group: str) -> list[PluginRow]:
+    """List all that is known or installed, with where it comes from and a line each; no plug-in is imported.
+
+    Args:
+        known: Classes with a `summary`, by name.
+        group: The group of entry points of such classes.
+
+    Returns:
+        A row for each name.
+    """
+    points = installed(group)
+    offered = {point.name for point in points}
+    rows = []
+    for name, kind in known.items():
+        if is_ours(kind):
+            rows.append(PluginRow(name, "built in", kind.summary))
+        elif name not in offered:
+            rows.append(PluginRow(name, kind.__module__, kind.summary))
+    taken = {row.name for row in rows}
+    for point in points:
+        line = description(point)
+        if point.name in taken:
+            line = f"not used, the name is taken: give {place(point)}"
+        rows.append(PluginRow(point.name, origin(point), line))
+    return rows
+
+
+def unknown(kind: str, name: str, names: list[str], modules: bool) -> str:
+    """Say which names are close to one that nothing has, and what can be given at all.
+
+    Args:
+        kind: What is looked for, in words: "scheme".
+        name: What was given.
+        names: All that there are.
+        modules: Whether `module:Name` would be imported.
+
+    Returns:
+        The sentence.
+    """
+    close = difflib.get_close_matches(name, names, n=2, cutoff=0.3)
+    hint = ";"
+    if close:
+        hint = f"; did you mean {' or '.join(close)}?"
+    sentence = f"unknown {kind} {name!r}{hint} known: {', '.join(names)}"
+    if modules:
+        return f"{sentence}, or module:Name"
+    if names_a_module(name):
+        return f"{sentence}; a module is only imported if you name it yourself, never because a file does"
+    return sentence
 
 
 def installed(group: str) -> list[EntryPoint]:

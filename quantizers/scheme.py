@@ -15,7 +15,6 @@ itself:
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -27,14 +26,17 @@ from quantizers.cache import TensorCache
 from quantizers.functional import MAX_BITS, WIDE_BITS, WIDTHS, integer_range, relative_error, row_of, sign
 from quantizers.observers import Observer
 from quantizers.plugins import (
-    description,
+    PluginRow,
     find_installed,
     import_attribute,
     installed,
+    is_ours,
     look_into_current_folder,
     names_a_module,
     origin,
     place,
+    rows_of,
+    unknown,
 )
 
 GROUP = "quantizers.schemes"  # of entry points
@@ -82,14 +84,6 @@ class IntegerActivations(NamedTuple):
     bits: int
     signed: bool  # whether the integers are; not where there is a zero point
     narrow: bool  # whether -(2^(b-1) - 1) is the smallest signed integer, not -2^(b-1)
-
-
-class SchemeRow(NamedTuple):
-    """A name that `Scheme.named` takes, where it comes from, and one line about it."""
-
-    name: str
-    origin: str  # "built in", or the installed package with its version
-    line: str
 
 
 class Scheme:
@@ -152,7 +146,7 @@ class Scheme:
         if name:
             cls.name = name
             Scheme.known[name] = cls
-        if not _is_ours(cls):
+        if not is_ours(cls):
             for method, most in (("weight", "most_weight_bits"), ("activation", "most_activation_bits")):
                 if method in vars(cls) and most not in vars(cls):
                     setattr(cls, most, MAX_BITS)
@@ -272,7 +266,7 @@ class Scheme:
 
     def _able(self) -> str:
         """Say which built-in schemes can be told more, in the end of a sentence."""
-        able = [name for name, kind in Scheme.known.items() if _is_ours(kind) and len(kind.choices) > len(self.choices)]
+        able = [name for name, kind in Scheme.known.items() if is_ours(kind) and len(kind.choices) > len(self.choices)]
         if not able:
             return ""
         return f"; schemes that can be told more: {', '.join(able)}"
@@ -578,7 +572,7 @@ def failing_as(scheme: Scheme, method: str) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:
-        if _is_ours(type(scheme)):
+        if is_ours(type(scheme)):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"`{method}` of scheme {scheme.name!r} failed: {reason}") from error
@@ -596,7 +590,7 @@ def try_out(layer: SchemeLayer, scheme: Scheme, x: Tensor) -> None:
         ValueError: Naming the scheme and what it gave, for anything but finite tensors of the shape, type and device of what
             it was given.
     """
-    if _is_ours(type(scheme)):
+    if is_ours(type(scheme)):
         return
     w, a = layer.weight_bits, layer.activation_bits
     if w is not None and scheme.takes(w, None, layer.signed):
@@ -644,23 +638,9 @@ def scheme_names() -> list[str]:
     return list(dict.fromkeys([*Scheme.known, *(point.name for point in installed(GROUP))]))
 
 
-def scheme_rows() -> list[SchemeRow]:
+def scheme_rows() -> list[PluginRow]:
     """List all schemes that are known or installed, with where they come from and a line each; no plug-in is imported."""
-    points = installed(GROUP)
-    offered = {point.name for point in points}
-    rows = []
-    for name, scheme in Scheme.known.items():
-        if _is_ours(scheme):
-            rows.append(SchemeRow(name, "built in", scheme.summary))
-        elif name not in offered:
-            rows.append(SchemeRow(name, scheme.__module__, scheme.summary))
-    taken = {row.name for row in rows}
-    for point in points:
-        line = description(point)
-        if point.name in taken:
-            line = f"not used, the name is taken: give {place(point)}"
-        rows.append(SchemeRow(point.name, origin(point), line))
-    return rows
+    return rows_of(Scheme.known, GROUP)
 
 
 def schemes_from_records(records: Mapping[str, Any]) -> dict[str, Scheme]:
@@ -708,10 +688,6 @@ def _from_record(record: Any) -> Scheme:
         raise ValueError(f"scheme {name!r} doesn't take the options {dict(options)}: {error}") from error
 
 
-def _is_ours(scheme: type[Scheme]) -> bool:
-    return scheme.__module__.partition(".")[0] == __name__.partition(".")[0]
-
-
 def _scheme_class(name: str, modules: bool) -> type[Scheme]:
     if name in Scheme.known:
         return _checked(Scheme.known[name], name)
@@ -721,14 +697,14 @@ def _scheme_class(name: str, modules: bool) -> type[Scheme]:
     if modules and names_a_module(name):
         look_into_current_folder()
         return _registered(import_attribute(name, f"scheme {name!r}"), name)
-    raise ValueError(_unknown(name, scheme_names(), modules))
+    raise ValueError(unknown("scheme", name, scheme_names(), modules))
 
 
 def _registered(found: Any, name: str) -> type[Scheme]:
     """Make a class known under the name by which it was asked for: a file that records the name can be read again."""
     made = _checked(found, name)
     Scheme.known[name] = made
-    if not _is_ours(made):
+    if not is_ours(made):
         made.name = name
     return made
 
@@ -740,17 +716,3 @@ def _checked(found: Any, name: str) -> type[Scheme]:
     if lacking:
         raise ValueError(f"scheme {name!r} can't be used: it lacks {' and '.join(lacking)}")
     return found
-
-
-def _unknown(name: str, names: list[str], modules: bool) -> str:
-    """Say which names are close to one that nothing has, and what can be given at all."""
-    close = difflib.get_close_matches(name, names, n=2, cutoff=0.3)
-    hint = ";"
-    if close:
-        hint = f"; did you mean {' or '.join(close)}?"
-    sentence = f"unknown scheme {name!r}{hint} known: {', '.join(names)}"
-    if modules:
-        return f"{sentence}, or module:Name"
-    if names_a_module(name):
-        return f"{sentence}; a module is only imported if you name it yourself, never because a file does"
-    return sentence

@@ -20,9 +20,8 @@ A package offers one in its pyproject.toml:
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,28 +29,23 @@ from torch import Tensor, nn
 from quantizers.batches import Batches
 from quantizers.calling import Forward
 from quantizers.plugins import (
-    description,
+    PluginRow,
     find_installed,
     import_attribute,
     installed,
+    is_ours,
     look_into_current_folder,
     names_a_module,
     origin,
     place,
+    rows_of,
+    unknown,
 )
 from quantizers.pruning.channels import ChannelGroup, ChannelGroups
 
 GROUP = "quantizers.criteria"  # of entry points
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) -> the mean over samples
-
-
-class CriterionRow(NamedTuple):
-    """A name that `Criterion.named` takes, where it comes from, and one line about it."""
-
-    name: str
-    origin: str  # "built in", or the installed package with its version
-    line: str
 
 
 class Ranking:
@@ -326,27 +320,9 @@ def criterion_names() -> list[str]:
     return list(dict.fromkeys([*Criterion.known, *(point.name for point in installed(GROUP))]))
 
 
-def criterion_rows() -> list[CriterionRow]:
+def criterion_rows() -> list[PluginRow]:
     """List all criteria that are known or installed, with where they come from and a line each; no plug-in is imported."""
-    points = installed(GROUP)
-    offered = {point.name for point in points}
-    rows = []
-    for name, criterion in Criterion.known.items():
-        if _is_ours(criterion):
-            rows.append(CriterionRow(name, "built in", criterion.summary))
-        elif name not in offered:
-            rows.append(CriterionRow(name, criterion.__module__, criterion.summary))
-    taken = {row.name for row in rows}
-    for point in points:
-        line = description(point)
-        if point.name in taken:
-            line = f"not used, the name is taken: give {place(point)}"
-        rows.append(CriterionRow(point.name, origin(point), line))
-    return rows
-
-
-def _is_ours(criterion: type[Criterion]) -> bool:
-    return criterion.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return rows_of(Criterion.known, GROUP)
 
 
 def _criterion_class(name: str, modules: bool) -> type[Criterion]:
@@ -359,11 +335,11 @@ def _criterion_class(name: str, modules: bool) -> type[Criterion]:
         look_into_current_folder()
         found = import_attribute(name, f"criterion {name!r}")
     else:
-        raise ValueError(_unknown(name, modules))
+        raise ValueError(unknown("criterion", name, criterion_names(), modules))
     made = _class_of(found, name)
     # A file that records the name can be read again.
     Criterion.known[name] = made
-    if not _is_ours(made):
+    if not is_ours(made):
         made.name = name
     return made
 
@@ -390,18 +366,3 @@ def _class_of(found: Any, name: str) -> type[Criterion]:
     summary = next(iter(lines), "")
     content = {"name": name, "summary": summary, "scores": scores, "__module__": getattr(found, "__module__", "")}
     return type("FunctionCriterion", (Criterion,), content)
-
-
-def _unknown(name: str, modules: bool) -> str:
-    """Say which names are close to one that nothing has, and what can be given at all."""
-    names = criterion_names()
-    close = difflib.get_close_matches(name, names, n=2, cutoff=0.3)
-    hint = ";"
-    if close:
-        hint = f"; did you mean {' or '.join(close)}?"
-    sentence = f"unknown criterion {name!r}{hint} known: {', '.join(names)}"
-    if modules:
-        return f"{sentence}, or module:Name"
-    if names_a_module(name):
-        return f"{sentence}; a module is only imported if you name it yourself, never because a file does"
-    return sentence
