@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import quantizers as Q
 from haq import networks
-from haq.deployment import fixed_point
+from haq.deployment import fixed_point, interpreter
 from haq.deployment.fixed_point import (
     Factor,
     FixedEpilogue,
@@ -184,9 +184,15 @@ def test_schemes(scheme: Any, bits: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4, 1])
 def test_the_default_network(bits: int) -> None:
-    _, program, fixed, found = convert(networks.load().module, (bits, bits), torch.rand(8, 1, 28, 28))
+    x = torch.rand(8, 1, 28, 28)
+    quantized, program, fixed, found = convert(networks.load().module, (bits, bits), x)
     assert found.same_answers == 1
-    assert found.different < 1e-3 * found.values
+    # Given what went into each layer in PyTorch. Of a whole run this can't be asked: PyTorch adds in another order on every
+    # processor, and one number that is rounded otherwise in an early layer changes hundreds later.
+    _, before = interpreter.fake_quantized(quantized, x)
+    _, entered = fixed_point.run(fixed, x.numpy(), before)
+    different = sum(int((entered[name].reshape(q.shape) != q).sum()) for name, q in before.items())
+    assert different <= 2e-5 * found.values
     assert len(fixed.image) == 1
     assert set(fixed.values) == set(program.values) - {program.input}
     assert all(isinstance(value.representation, Codes | Fixed) for value in fixed.values.values())

@@ -196,7 +196,7 @@ def test_the_cheapest_that_is_good_enough_may_keep_fewer_channels(solver: str) -
 def test_what_can_not_choose_channels_says_so_before_anything_is_evaluated() -> None:
     problem = joint_problem(0.4)
     for solver, session, message in (
-        ("greedy", {}, "greedy .* can't choose channels"),
+        ("greedy", {}, "'greedy' .* can't choose channels"),
         ("ddpg", {"env": "haq"}, "environment 'haq' knows no channels"),
         (find_solver("ilp", iterate=True), {}, "ilp with iterate .* knows nothing of channels"),
     ):
