@@ -1,4 +1,4 @@
-.PHONY: install hooks test slow gpu lint type format bench
+.PHONY: install hooks test slow gpu lint type format bench docs
 
 install:
 	python3 -m venv .venv
@@ -35,3 +35,8 @@ bench:
 	.venv/bin/python -m experiments.quantizer_speed
 	.venv/bin/python -m experiments.kernel_speed
 	.venv/bin/python -m experiments.cpu_speed
+
+docs:
+	.venv/bin/python docs/build.py
+	.venv/bin/codespell README.md CONTRIBUTING.md CHANGELOG.md docs haq envs hw_models quantizers experiments
+	.venv/bin/pytest -n 2 tests/site
