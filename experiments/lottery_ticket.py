@@ -159,17 +159,17 @@ def differences(outcomes: Sequence[Outcome], rounds: int, other: str, what: str 
 
 def row(outcomes: Sequence[Outcome], number: int) -> list[str]:
     """Write what is known of one density: the accuracies, and in brackets those after the first epoch."""
-    whos = [TICKET, REINIT, SHUFFLED]
+    owners = [TICKET, REINIT, SHUFFLED]
     if number == 0:
-        whos[0] = WHOLE
+        owners[0] = WHOLE
     cells = []
-    for who in whos:
+    for who in owners:
         words = "–"
         if of(outcomes, number, who):
             accuracy, first = (shared.spread(of(outcomes, number, who, what)) for what in ("accuracy", "first"))
             words = f"{accuracy} ({first.mean:.1f})"
         cells.append(words)
-    return [str(number), f"{of(outcomes, number, whos[0], 'density')[0]:.1f} %", *cells]
+    return [str(number), f"{of(outcomes, number, owners[0], 'density')[0]:.1f} %", *cells]
 
 
 def page(job: Job, outcomes: Sequence[Outcome]) -> shared.Page:
