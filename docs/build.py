@@ -5,8 +5,8 @@
     python docs/build.py --pages                        # execute none
 
 A page of `start.md`, tutorials/ and how_to/ is a notebook in Markdown, as jupytext reads it: its `python` and `bash` blocks
-are cells. Each runs in a folder of its own. What a cell prints, shows or draws stands below it on the site, and the notebook is
-beside the page. A block whose fence says `python no-execute` or `bash no-execute` is only shown.
+are cells. Each runs in a folder of its own. What a cell prints, shows or draws stands below it on the site, and the notebook
+is beside the page. A block whose fence says `python no-execute` or `bash no-execute` is only shown.
 """
 
 from __future__ import annotations
