@@ -55,13 +55,17 @@ def called(*command: object, cwd: Path, patience: int = 1800) -> str:
     return done.stdout + done.stderr
 
 
-def environment(folder: Path, below: Path | None = None) -> Path:
-    """Make a fresh environment, over what another one has. Returns its folder of programs."""
-    called(sys.executable, "-m", "venv", folder, cwd=folder.parent)
-    if below is not None:
-        here, there = (next(place.glob("lib/python*/site-packages")) for place in (folder, below))
-        (here / "below.pth").write_text(f"{there}\n")
-    return folder / "bin"
+def layer(folder: Path, below: Path) -> None:
+    """Make a fresh environment over what another one has."""
+    called(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    here, there = (next(place.glob("lib/python*/site-packages")) for place in (folder, below))
+    (here / "below.pth").write_text(f"{there}\n")
+
+
+def install(bare: Path, into: Path, what: str) -> None:
+    """Install something as pip would, in the versions that were tested."""
+    options = ("--no-compile", "-c", ROOT / "constraints.txt")
+    called(bare / "bin" / "pip", "--python", into / "bin" / "python", "install", *options, what, cwd=into)
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +85,11 @@ def wheel_of(dist: Path) -> Path:
 def bare(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of an environment that has the wheel, without extras."""
     folder = tmp_path_factory.mktemp("bare") / "env"
-    programs = environment(folder)
-    probe = [programs / "pip", "download", "--no-deps", "--dest", folder, "six"]
+    called(sys.executable, "-m", "venv", folder, cwd=folder.parent)
+    probe = [folder / "bin" / "pip", "download", "--no-deps", "--dest", folder, "six"]
     if subprocess.run(probe, capture_output=True).returncode:
         pytest.skip("pip reaches no index")
-    called(programs / "pip", "install", "-c", ROOT / "constraints.txt", wheel_of(dist), cwd=folder)
+    install(folder, folder, str(wheel_of(dist)))
     yield folder
     shutil.rmtree(folder)
 
@@ -125,13 +129,14 @@ def test_the_wheel_works_from_another_folder(bare: Path, place: Path) -> None:
 @pytest.mark.parametrize("extra", [extra for extra in EXTRAS if extra != "dev"])
 def test_an_extra_alone(extra: str, dist: Path, bare: Path, place: Path, tmp_path: Path) -> None:
     folder = tmp_path / "env"
-    programs = environment(folder, below=bare)
-    called(programs / "pip", "install", "-c", ROOT / "constraints.txt", f"{wheel_of(dist)}[{extra}]", cwd=tmp_path)
+    layer(folder, below=bare)
+    install(bare, folder, f"{wheel_of(dist)}[{extra}]")
     shutil.copytree(place / RUN, tmp_path / RUN)
+    python = folder / "bin" / "python"
     for use in USES[extra]:
         if use.startswith(("import", "from")):
-            called(programs / "python", "-c", use, cwd=tmp_path)
+            called(python, "-c", use, cwd=tmp_path)
         else:
-            called(programs / "python", "-m", "haq", *use.split(), cwd=tmp_path)
-    called(programs / "pip", "check", cwd=tmp_path)
+            called(python, "-m", "haq", *use.split(), cwd=tmp_path)
+    called(bare / "bin" / "pip", "--python", python, "check", cwd=tmp_path)
     shutil.rmtree(folder)
