@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hw_models.extras import install_line
+
 LIBRARIES = ("timm", "torchvision", "pytorchcv")
 _DECLARED: list[torch.library.Library] = []  # a declaration lives as long as its Library object
 
@@ -23,7 +25,7 @@ def import_zoo(module: str) -> Any:
     try:
         return import_declared(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed: pip install 'haq[zoo]'") from error
+        raise ImportError(f"{error.name} is not installed: {install_line('zoo')}") from error
 
 
 def import_declared(module: str) -> Any:
