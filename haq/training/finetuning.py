@@ -165,6 +165,7 @@ def finetune(
         learning_rate = rate_for(tuning_rate(optimizer), steps or epochs * batches_in(trained_on, batch_size))
     config = dataclasses.replace(config, learning_rate=learning_rate)
     tuned = Q.copy_network(qnetwork)
+    several = torch.get_num_threads() > 1
     keep_frozen(network.module, tuned)
     with torch.random.fork_rng(devices=own_random(network)), threads_for(network):
         # What the network itself draws (dropout) comes from the seed too, whatever was computed before.
@@ -187,6 +188,7 @@ def finetune(
             state=state,
             judge=judge,
             before=before,
+            ahead=several,
             on_epoch=on_epoch,
             on_step=on_step,
             on_judged=on_judged,
