@@ -123,7 +123,7 @@ def fit(
         training.restore(state)
     diverged = False
     for epoch in range(training.epoch, training.epochs):
-        if training.is_stale:
+        if training.is_stale or training.is_hopeless:
             break
         try:
             mean_loss = train_epoch(training, split, on_step)
@@ -146,7 +146,7 @@ def fit(
     training.finish()
     if judge is None:
         return None
-    stopped = training.is_stale and training.epoch < training.epochs
+    stopped = (training.is_stale or training.is_hopeless) and training.epoch < training.epochs
     return Outcome(0, before, tuple(training.judged), training.kept, diverged, stopped)
 
 
@@ -256,6 +256,14 @@ class Training:
         losses = [judgement.loss for judgement in self.judged]
         best = losses.index(min(losses))
         return len(losses) - 1 - best >= patience
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Say whether the first epochs, as many as are allowed for that, all have no lower loss than the network before."""
+        after = self.config.give_up_after
+        if after is None or self.least is None or len(self.judged) < after:
+            return False
+        return all(judgement.loss >= self.least.loss for judgement in self.judged)
 
     def can_prepare_ahead(self, split: Split) -> bool:
         """Say whether a thread can make batches of images in memory while a step is taken, with the same results.
