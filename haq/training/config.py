@@ -60,6 +60,12 @@ class Judgement(NamedTuple):
         """Say whether this is the better one of two: of less loss, and no worse in its value by more than a standard error.
 
         The loss comes first: among a few hundred answers, one more or less is chance.
+
+        Args:
+            other: The judgement that is the best so far.
+
+        Returns:
+            False for equal ones.
         """
         margin = 0.0
         if other.error is not None:
@@ -132,6 +138,9 @@ class TrainConfig:
         amp: Whether networks compute in half precision where that is safe (`torch.autocast`): bfloat16, or float16 with scaled
             losses on GPUs that can't do that. Parameters and quantization scales stay float32, and so do losses.
         auxiliary: Weight of the losses of auxiliary outputs, which some networks have in training mode.
+
+    Raises:
+        ValueError: Naming the setting and its value, for what no training can have.
     """
 
     epochs: int
