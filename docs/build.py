@@ -12,14 +12,13 @@ is beside the page. A block whose fence says `python no-execute` or `bash no-exe
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,12 +29,12 @@ from nbclient.exceptions import CellExecutionError
 from nbconvert import MarkdownExporter
 from nbconvert.filters import strip_ansi
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+from reference_pages import write_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "docs"
 BUILT = ROOT / "build" / "docs"
 WORK = ROOT / "build" / "work"
-PACKAGES = ("quantizers", "hw_models", "envs", "haq")
 PATIENCE = 600  # seconds that a cell may take
 AT_ONCE = 2  # pages that are executed at the same time
 NOT_EXECUTED = re.compile(r"^```(python|bash) no-execute$", re.MULTILINE)
@@ -126,31 +125,6 @@ def drawn(name: str, cell: nbformat.NotebookNode, output: nbformat.NotebookNode)
     return True
 
 
-def modules() -> Iterator[tuple[str, str]]:
-    """Go through the public modules: dotted name, and the first line of its docstring."""
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            parts = list(path.relative_to(ROOT).with_suffix("").parts)
-            if parts[-1] == "__init__":
-                parts.pop()
-            if any(part.startswith("_") for part in parts):
-                continue
-            told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            yield ".".join(parts), told.partition("\n\n")[0].replace("\n", " ")
-
-
-def write_reference() -> None:
-    """Write a page for every public module, and the list of them."""
-    folder = BUILT / "reference" / "python"
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name, told in modules():
-        (folder / f"{name}.md").write_text(f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n")
-        rows.append(f"| [`{name}`](python/{name}.md) | {told.replace('|', chr(92) + '|')} |\n")
-    listed = BUILT / "reference" / "modules.md"
-    listed.write_text("| module | what it does |\n|---|---|\n" + "".join(rows), encoding="utf-8")
-
-
 def build(executed: Sequence[str]) -> None:
     """Build the site, with some of its pages executed."""
     shutil.rmtree(BUILT, ignore_errors=True)
@@ -162,7 +136,7 @@ def build(executed: Sequence[str]) -> None:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for name, seconds in zip(executed, pool.map(execute, executed), strict=True):
             print(f"{seconds:6.1f} s  {name}", flush=True)
-    write_reference()
+    write_reference(BUILT)
     subprocess.run([sys.executable, "-m", "mkdocs", "build", "--quiet"], cwd=ROOT, check=True)
     print(f"Written: {ROOT / 'site' / 'index.html'}")
 
