@@ -39,6 +39,16 @@ PATIENCE = 600  # seconds that a cell may take
 AT_ONCE = 2  # pages that are executed at the same time
 NOT_EXECUTED = re.compile(r"^```(python|bash) no-execute$", re.MULTILINE)
 SHOWN_ONLY = r"```{.\1}"  # a fence that jupytext takes for text
+# Otherwise the language of most blocks is that of the notebook.
+IN_PYTHON = """\
+---
+jupyter:
+  kernelspec:
+    name: python3
+    display_name: Python 3
+    language: python
+---
+"""
 
 
 def pages() -> list[str]:
@@ -63,8 +73,7 @@ def execute(name: str) -> float:
     """
     begin = time.monotonic()
     text = (SOURCE / f"{name}.md").read_text(encoding="utf-8")
-    notebook = jupytext.reads(NOT_EXECUTED.sub(SHOWN_ONLY, text), fmt="md")
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = jupytext.reads(IN_PYTHON + NOT_EXECUTED.sub(SHOWN_ONLY, text), fmt="md")
     folder = WORK / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -131,6 +140,7 @@ def build(executed: Sequence[str]) -> None:
     shutil.copytree(SOURCE, BUILT, ignore=shutil.ignore_patterns("*.py", "__pycache__", "dictionary.txt"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a page has a core
     os.environ.setdefault("COLUMNS", "100")
+    os.environ["TTY_COMPATIBLE"] = "0"  # a kernel asks programs for colours, with which progress would be printed, too
     os.environ["NO_MKDOCS_2_WARNING"] = "1"
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with ThreadPoolExecutor(AT_ONCE) as pool:
