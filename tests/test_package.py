@@ -141,10 +141,11 @@ def test_the_distribution() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 
-def test_the_readme_names_commands_that_exist() -> None:
+def test_readme_and_guide_name_commands_that_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    modules = set(re.findall(r"python -m ((?:haq|experiments)\.\w+)", text))
-    commands = set(re.findall(r"(?:^    |`)haq ([a-z]+)", text, re.MULTILINE))
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "guide").glob("*.md"))
+    modules = set(re.findall(r"python -m ((?:haq|experiments)\.\w+)", text + pages))
+    commands = set(re.findall(r"(?:^|`)haq ([a-z]+)", pages, re.MULTILINE))
     assert "haq.search" in modules
     assert {"search", "finetune", "evaluate", "sweep", "runs", "list"} <= commands
     listings = {"networks", "solvers", "schemes", "completion"}

@@ -20,7 +20,14 @@ _DECLARED: list[torch.library.Library] = []  # a declaration lives as long as it
 def import_zoo(module: str) -> Any:
     """Import a module of the zoo extra, on torch builds without torchvision's compiled operators as well.
 
-    Raises ImportError, with what to install, if it isn't there.
+    Args:
+        module: Its name, such as "timm".
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: With what to install, if it isn't there.
     """
     try:
         return import_declared(module)

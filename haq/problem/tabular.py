@@ -279,17 +279,29 @@ class TabularProblem(Problem):
 
     @property
     def network(self) -> NoReturn:  # type: ignore[override]
-        """Refuse to give the network, which isn't there. Raises ValueError."""
+        """Refuse to give the network, which isn't there.
+
+        Raises:
+            ValueError: Always.
+        """
         raise no_network(self.file.name)
 
     @property
     def calibration(self) -> NoReturn:  # type: ignore[override]
-        """Refuse to give the calibration images, which aren't there. Raises ValueError."""
+        """Refuse to give the calibration images, which aren't there.
+
+        Raises:
+            ValueError: Always.
+        """
         raise no_network(self.file.name)
 
     @property
     def forward(self) -> NoReturn:  # type: ignore[override]
-        """Refuse to tell how outputs are computed. Raises ValueError."""
+        """Refuse to tell how outputs are computed.
+
+        Raises:
+            ValueError: Always.
+        """
         raise no_network(self.file.name)
 
     def quantized(self, policy: Q.BitPolicy) -> NoReturn:
@@ -332,6 +344,12 @@ class TabularProblem(Problem):
 
     def test(self, policy: Q.BitPolicy) -> Evaluation:
         """Tell what a policy that can be chosen gives on the test images.
+
+        Args:
+            policy: The policy.
+
+        Returns:
+            Its accuracy and loss, as the table has them.
 
         Raises:
             ValueError: Naming it, for a policy that the table doesn't know.

@@ -72,7 +72,14 @@ class Evaluation(NamedTuple):
         return -self.accuracy
 
     def together(self, other: Evaluation) -> Evaluation:
-        """Return what a policy is worth on these samples and others: means weighted by how many they are."""
+        """Return what a policy is worth on these samples and others: means weighted by how many they are.
+
+        Args:
+            other: What the same policy is worth on other samples.
+
+        Returns:
+            The evaluation on all of them.
+        """
         count = self.images + other.images
 
         def mean(one: float, another: float) -> float:

@@ -1334,6 +1334,7 @@ class TuningRecord(JudgingRecord):
     epochs: Count
     kept: Count  # the epoch whose network was kept; 0: the network before
     diverged: bool = False
+    stopped: Count | None = None  # the epoch after which it ended early, since epochs came no nearer to the float network
     before: float | None
     best: float | None
     before_error: float | None = None  # the standard error, where it doesn't follow from a share

@@ -25,6 +25,7 @@ from haq.study.channels import check_keeps
 from haq.study.config import SearchConfig
 from haq.study.search_run import SearchRun
 from haq.study.task import CALIBRATION, LoadedNetwork, adversary_of, schemes_of
+from haq.training.config import GIVE_UP_AFTER
 
 SOURCE_BITS = (8, 4)  # of the networks with the same weights that attacks are transferred from
 
@@ -338,6 +339,7 @@ class _RunNetworks:
             amp=config.amp,
             adversary=adversary_of(config),
             penalty=penalty,
+            give_up_after=GIVE_UP_AFTER,
             **self.on_training(name),
         )
         self.run.save_checkpoint(trained, self.loaded, path)

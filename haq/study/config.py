@@ -23,7 +23,7 @@ from haq.solvers import ENVS, PLAN, SOLVERS
 from haq.store import files
 from haq.store.shell import command_line
 from haq.store.units import UNITS
-from haq.training.config import SHARE_OF_USUAL
+from haq.training.config import GIVE_UP_AFTER, SHARE_OF_USUAL
 from haq.training.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, check_schedule
 from hw_models import trust
 from hw_models.registry import Registry
@@ -350,7 +350,13 @@ class SearchConfig(_Config):
         default_words="on",
     )
     seed: int = setting(0, "of everything random but the data's splits", group=SOLVING, least=0)
-    finetune_epochs: int = setting(12, "of the network that was found; 0 leaves fine-tuning out", group=TUNING, least=0)
+    finetune_epochs: int = setting(
+        12,
+        f"of the network that was found; it ends after {GIVE_UP_AFTER} if neither comes nearer to the float network; 0 leaves "
+        "fine-tuning out",
+        group=TUNING,
+        least=0,
+    )
     finetune_steps: int = setting(0, "steps by which every policy is fine-tuned before it is judged", group=TUNING, least=0)
     learning_rate: float | None = setting(
         None, "of fine-tuning, at its highest", group=TUNING, metavar="RATE", default_words=RATE_WORDS

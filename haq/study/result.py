@@ -339,8 +339,16 @@ def tuning_entry(outcome: Outcome, epochs: int) -> dict[str, Any]:
         "epochs": epochs,
         "kept": outcome.kept,
         "diverged": outcome.diverged,
+        "stopped": stopped_after(outcome),
         **_judgements(before=outcome.before, best=outcome.best),
     }
+
+
+def stopped_after(outcome: Outcome) -> int | None:
+    """Return the number of the epoch after which a training ended early, since epochs were no better; None if it didn't."""
+    if not outcome.stopped:
+        return None
+    return len(outcome.epochs)
 
 
 def reconstruction_entry(found: Reconstructed, seed: int) -> dict[str, Any]:

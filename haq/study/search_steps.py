@@ -34,6 +34,7 @@ from haq.study.config import ADAROUND
 from haq.study.picture import save_picture
 from haq.study.search_run import SearchRun
 from haq.study.task import SearchTask, adversary_of
+from haq.training.config import GIVE_UP_AFTER
 from haq.training.reconstruction import Reconstructed
 
 logger = logging.getLogger("haq")
@@ -238,6 +239,7 @@ def _finetune(
         epochs=config.finetune_epochs,
         seed=config.seed,
         learning_rate=config.learning_rate,
+        give_up_after=GIVE_UP_AFTER,
         amp=config.amp,
         adversary=adversary_of(config),
         objective=task.problem.objective,

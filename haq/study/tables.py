@@ -628,6 +628,8 @@ def tuning_sentence(tuning: Mapping[str, Any]) -> str:
     ended = ""
     if record.diverged:
         ended = "; it ended early, since its loss was no number any more"
+    if record.stopped is not None:
+        ended = f"; it ended after epoch {record.stopped}"
     if record.earlier is not None:
         earlier = value_with_error(record, record.earlier, record.images)
         return (
@@ -639,8 +641,11 @@ def tuning_sentence(tuning: Mapping[str, Any]) -> str:
             f"Fine-tuning, {judged}: {before} before, {best} after epoch {record.kept} of {record.epochs}, whose network was "
             f"kept{ended}."
         )
+    tried = f"no epoch of {record.epochs}"
+    if record.stopped is not None:
+        tried, ended = f"no epoch of the first {record.stopped}, after which it ended,", ""
     return (
-        f"Fine-tuning did not help, {judged}: no epoch of {record.epochs} was better than the network before ({before}), "
+        f"Fine-tuning did not help, {judged}: {tried} was better than the network before ({before}), "
         f"which was kept{ended}. Try a lower --learning-rate, or more {record.samples_are}."
     )
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 AUXILIARY = 0.3  # weight of an auxiliary output's loss (Szegedy et al., "Going deeper with convolutions", CVPR 2015)
 
 SHARE_OF_USUAL = 0.3  # of the learning rate that an optimizer of torch has by default, for fine-tuning
+GIVE_UP_AFTER = 2  # epochs that end the fine-tuning of a search, where none comes nearer to the float network
 ENOUGH_STEPS = 100  # of fine-tuning: with fewer, its default learning rate is lower
 
 OnEpoch = Callable[[int, float], None]  # epochs done, and the mean loss of the last
@@ -60,6 +61,12 @@ class Judgement(NamedTuple):
         """Say whether this is the better one of two: of less loss, and no worse in its value by more than a standard error.
 
         The loss comes first: among a few hundred answers, one more or less is chance.
+
+        Args:
+            other: The judgement that is the best so far.
+
+        Returns:
+            False for equal ones.
         """
         margin = 0.0
         if other.error is not None:
@@ -81,7 +88,8 @@ class Outcome:
         epochs: The judgements after the epochs.
         kept: The number of the epoch whose network was kept, from 1; 0 for the network before.
         diverged: Whether training ended early, since the loss was no number any more.
-        stopped: Whether it ended early, since so many epochs in a row were no better (`TrainConfig.patience`).
+        stopped: Whether it ended early, since so many epochs in a row were no better (`TrainConfig.patience`), or none was
+            better than the network before (`TrainConfig.give_up_after`).
     """
 
     images: int
@@ -132,6 +140,11 @@ class TrainConfig:
         amp: Whether networks compute in half precision where that is safe (`torch.autocast`): bfloat16, or float16 with scaled
             losses on GPUs that can't do that. Parameters and quantization scales stay float32, and so do losses.
         auxiliary: Weight of the losses of auxiliary outputs, which some networks have in training mode.
+        give_up_after: So many epochs end a training, if none of them has a lower loss on held-out samples than the network
+            before, where that was judged; None: none do. It costs little where training helps, as then the first epochs do.
+
+    Raises:
+        ValueError: Naming the setting and its value, for what no training can have.
     """
 
     epochs: int
@@ -150,6 +163,7 @@ class TrainConfig:
     patience: int | None = None
     amp: bool = False
     auxiliary: float = AUXILIARY
+    give_up_after: int | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers, and the names of the optimizer and the schedule."""
@@ -163,6 +177,10 @@ class TrainConfig:
             raise ValueError(f"batch_size is {self.batch_size!r}; it must be at least 2, since norms need two images")
         if self.patience is not None and (not isinstance(self.patience, int) or self.patience < 1):
             raise ValueError(f"patience is {self.patience!r}; it must be a number of epochs of at least 1, or None for no end")
+        if self.give_up_after is not None and (not isinstance(self.give_up_after, int) or self.give_up_after < 1):
+            raise ValueError(
+                f"give_up_after is {self.give_up_after!r}; it must be a number of epochs of at least 1, or None for no end"
+            )
         if not (math.isfinite(self.auxiliary) and self.auxiliary >= 0):
             raise ValueError(f"auxiliary is {self.auxiliary!r}; it must be a number, not below 0")
         if not callable(self.optimizer):

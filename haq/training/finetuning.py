@@ -85,6 +85,7 @@ def finetune(
     optimizer: str = SGD,
     schedule: str = "cosine",
     patience: int | None = None,
+    give_up_after: int | None = None,
     amp: bool = False,
     state: Checkpoint | None = None,
     on_epoch: OnEpoch = no_epoch,
@@ -125,6 +126,8 @@ def finetune(
         optimizer: `sgd`, `adam` or a class of torch.optim by name; see `TrainConfig`.
         schedule: Of the learning rate, by name; see `TrainConfig`.
         patience: So many epochs in a row without a lower loss on what is held out end the training.
+        give_up_after: So many epochs end the training, if none of them has a lower loss there than the network before; None:
+            none do.
         amp: Whether networks compute in half precision; see `TrainConfig`. They are judged in float32.
         state: Keeps what it takes to go on after every epoch; what it holds is gone on from.
         on_epoch: Told the epochs done and the last one's mean loss.
@@ -159,12 +162,14 @@ def finetune(
         optimizer=optimizer,
         schedule=schedule,
         patience=patience,
+        give_up_after=give_up_after,
         amp=amp,
     )
     if learning_rate is None:
         learning_rate = rate_for(tuning_rate(optimizer), steps or epochs * batches_in(trained_on, batch_size))
     config = dataclasses.replace(config, learning_rate=learning_rate)
     tuned = Q.copy_network(qnetwork)
+    several = torch.get_num_threads() > 1
     keep_frozen(network.module, tuned)
     with torch.random.fork_rng(devices=own_random(network)), threads_for(network):
         # What the network itself draws (dropout) comes from the seed too, whatever was computed before.
@@ -187,6 +192,7 @@ def finetune(
             state=state,
             judge=judge,
             before=before,
+            ahead=several,
             on_epoch=on_epoch,
             on_step=on_step,
             on_judged=on_judged,
@@ -258,6 +264,9 @@ def hold_out(split: Split) -> tuple[Split, Split]:
 
     These are a twentieth, of every class its share, and always the same: at most MOST_HELD, and of few samples at least
     FEW_HELD as far as that is no more than a quarter. Where there are several groups, whole groups are held out.
+
+    Args:
+        split: The samples that a network is to be fine-tuned on.
 
     Returns:
         The samples to train on, and those held out.

@@ -138,7 +138,7 @@ class Goal:
         Returns:
             A function of a network's outputs, whose auxiliary ones play no part, that returns a scalar.
         """
-        if self._is_usual_distance:
+        if self.is_usual_distance:
             return _distance_of_scores(lambda outputs: self.read(self.divided(outputs, lambda: expected)[0]), expected)
         objective = self.objective
         assert objective is not None
@@ -151,7 +151,7 @@ class Goal:
         return distance
 
     @property
-    def _is_usual_distance(self) -> bool:
+    def is_usual_distance(self) -> bool:
         """Say whether it is that of class scores, and no objective of somebody's own has another one."""
         if self.objective is None:
             return True

@@ -6,7 +6,7 @@ Read from `fit` downwards: optimizers are made, an epoch is trained, a step of i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from haq.attacks.threat_model import PerturbationBall, check_images
 from haq.data import Split
 from haq.data.dataset import batch_count
 from haq.data.labels import class_numbers
-from haq.data.sources import Stream
+from haq.data.sources import Stream, made_ahead
 from haq.networks import Network
 from haq.problem.objective import Objective
 from haq.store.checkpoint import Checkpoint
@@ -59,6 +59,7 @@ def fit(
     state: Checkpoint | None = None,
     judge: Judge | None = None,
     before: Judgement | None = None,
+    ahead: bool = False,
     on_epoch: OnEpoch = no_epoch,
     on_step: OnStep = no_step,
     on_judged: OnJudged = no_judgement,
@@ -86,6 +87,8 @@ def fit(
         judge: Judges the module after every epoch; in the end it is what it was after the best of them.
         before: With a judge: what the best epoch must beat. If none does, the outcome says so, and the module is left as
             it was after the last one; the network before is the caller's.
+        ahead: Whether a thread may make the next batches, and ask the teacher about them, while a step is taken. It changes no
+            result, and is done where that is certain (`Training.can_prepare_ahead`).
         on_epoch: Told the epochs done and the last one's mean loss.
         on_step: Told the steps done and in all.
         on_judged: Told the epochs done and the judgement after the last one.
@@ -115,11 +118,12 @@ def fit(
         network, module or network.module, teacher, config, len(split), goal, batches_in(split, config.batch_size), made
     )
     training.least = before
+    training.ahead = ahead
     if state is not None:
         training.restore(state)
     diverged = False
     for epoch in range(training.epoch, training.epochs):
-        if training.is_stale:
+        if training.is_stale or training.is_hopeless:
             break
         try:
             mean_loss = train_epoch(training, split, on_step)
@@ -142,7 +146,7 @@ def fit(
     training.finish()
     if judge is None:
         return None
-    stopped = training.is_stale and training.epoch < training.epochs
+    stopped = (training.is_stale or training.is_hopeless) and training.epoch < training.epochs
     return Outcome(0, before, tuple(training.judged), training.kept, diverged, stopped)
 
 
@@ -170,6 +174,7 @@ class Training:
         method: What is done beside the steps.
         epochs: How many there are; `epoch` of them are done.
         steps: How many there are; `step` of them are done.
+        ahead: Whether a thread may make the next batches.
         least: The judgement that an epoch's network must beat to be kept; None: the first one is kept until a better comes.
         judged: The judgements after the epochs done, if the module is judged.
         kept: The number of the epoch whose network is in `best`, from 1; 0: of none.
@@ -236,6 +241,7 @@ class Training:
         self.method.begin(self)  # what it adds to the module is trained, too
         self.optimizers += make_optimizers(module, self.scales, config)
         self.schedule = Schedule(self.optimizers, config.schedule, Length(self.steps, self.epochs))
+        self.ahead = False
         self.least: Judgement | None = None
         self.judged: list[Judgement] = []
         self.kept = 0
@@ -250,6 +256,28 @@ class Training:
         losses = [judgement.loss for judgement in self.judged]
         best = losses.index(min(losses))
         return len(losses) - 1 - best >= patience
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Say whether the first epochs, as many as are allowed for that, all have no lower loss than the network before."""
+        after = self.config.give_up_after
+        if after is None or self.least is None or len(self.judged) < after:
+            return False
+        return all(judgement.loss >= self.least.loss for judgement in self.judged)
+
+    def can_prepare_ahead(self, split: Split) -> bool:
+        """Say whether a thread can make batches of images in memory while a step is taken, with the same results.
+
+        It can where only batches draw from the generator, where nothing of somebody else's is called but the teacher, and
+        where every operation is done by one thread.
+        """
+        if not self.ahead or self.teacher is None or self.attack is not None:
+            return False
+        if self.goal.loss is not None or not self.goal.is_usual_distance:
+            return False
+        if self.network.forward is not None or self.network.device.type != "cpu" or not split.source.is_kept:
+            return False
+        return torch.get_num_threads() == 1
 
     def outputs(self, module: nn.Module, inputs: Any, targets: Any = None) -> Any:
         """Compute the outputs of a module, in float32 whatever it computes in.
@@ -541,8 +569,7 @@ def train_epoch(training: Training, split: Split, on_step: OnStep = no_step) -> 
             norm.eval()
     total = 0.0
     seen = 0
-    for inputs, targets in split.batches(config.batch_size, training.generator):
-        given, targets, loss_of = prepared(training, inputs, targets)
+    for given, targets, loss_of in prepared_batches(training, split):
         count = count_of(given)
         for _ in range(training.replays):
             if training.step == training.steps:
@@ -556,6 +583,39 @@ def train_epoch(training: Training, split: Split, on_step: OnStep = no_step) -> 
     if not seen:
         raise ValueError("there is no batch of samples to train on")
     return total / seen
+
+
+def prepared_batches(training: Training, split: Split) -> Iterator[tuple[Any, Any, Loss]]:
+    """Yield what steps of training take, batch by batch; see `prepared`.
+
+    Args:
+        training: The training.
+        split: The images and their labels.
+
+    Yields:
+        What `prepared` returns.
+    """
+
+    def made(batch: tuple[Any, Any]) -> tuple[Any, Any, Loss]:
+        return prepared(training, *batch)
+
+    def made_by_one(batch: tuple[Any, Any]) -> tuple[Any, Any, Loss]:
+        torch.set_num_threads(1)
+        return made(batch)
+
+    batches = split.batches(training.config.batch_size, training.generator)
+    before = torch.get_rng_state()
+    first = next(batches, None)
+    if first is None:
+        return
+    step = made(first)
+    # A teacher that draws must do so in turn with what is trained, which may draw too.
+    draws = not torch.equal(before, torch.get_rng_state())
+    yield step
+    if training.can_prepare_ahead(split) and not draws:
+        yield from made_ahead(made_by_one, batches)
+    else:
+        yield from map(made, batches)
 
 
 def prepared(training: Training, inputs: Any, targets: Any) -> tuple[Any, Any, Loss]:
