@@ -7,7 +7,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-PICTURE = re.compile(r"^!\[[^\]]*\]\((?!https?:)[^)]*\)\n+", re.MULTILINE)
+PICTURE = re.compile(r"(?:!\[[^\]]*\]\((?!https?:)[^)]*\)|<img[^>]*\bsrc=\"(?!https?:)[^>]*>)\n*")
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])+)\]\((?!https?:)[^)]*\)")
 COMMENT = re.compile(r"^<!--.*?-->\n", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
@@ -21,7 +21,7 @@ def description(readme: str) -> str:
     """
     parts = FENCED.split(readme)
     for number in range(0, len(parts), 2):
-        parts[number] = LINK.sub(r"\1", COMMENT.sub("", PICTURE.sub("", parts[number])))
+        parts[number] = PICTURE.sub("", LINK.sub(r"\1", COMMENT.sub("", parts[number])))
     return "".join(parts) + WHERE
 
 

@@ -80,13 +80,15 @@ def test_what_an_index_shows_has_no_link_into_the_repository() -> None:
     assert readme.split("\n", 1)[0] == shown.split("\n", 1)[0]
     outside_code = re.sub(r"^```.*?^```$", "", shown, flags=re.MULTILINE | re.DOTALL)
     assert all(target.startswith("https:") for target in re.findall(r"\]\(([^)\s]*)\)", outside_code))
+    assert all(target.startswith("https:") for target in re.findall(r"(?:src|href)=\"([^\"]*)", outside_code))
     assert "<!--" not in outside_code
     assert set(re.findall(r"^```.*?^```$", readme, re.M | re.S)) == set(re.findall(r"^```.*?^```$", shown, re.M | re.S))
 
 
 def test_how_links_become_words() -> None:
     made = runpy.run_path(str(ROOT / "setup.py"))
-    text = "# A\n\n![a picture](docs/a.png)\n\nSee [a `b`](docs/b.md#c) and [d](https://e.org).\n\n```python\nx[0](y)\n```\n"
+    pictures = '![a picture](docs/a.png)\n\n<img src="docs/a.png">\n\n[![two](docs/a.png)](docs/b.md)\n\n'
+    text = f"# A\n\n{pictures}See [a `b`](docs/b.md#c) and [d](https://e.org).\n\n```python\nx[0](y)\n```\n"
     kept = "# A\n\nSee a `b` and [d](https://e.org).\n\n```python\nx[0](y)\n```\n"
     assert made["description"](text) == kept + made["WHERE"]
 

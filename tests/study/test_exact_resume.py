@@ -218,7 +218,7 @@ def test_fine_tuning_within_a_search_goes_on(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_command_that_fine_tunes_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(search.main, *QUICK, "--out", "whole") == 0
+    assert call(search.main, *QUICK, "--solver", "random", "--out", "whole") == 0
     shutil.copytree("whole", "cut")
     asked = ["--epochs", "5", "--seed", "3"]
     assert call(finetune.main, "whole", *asked) == 0
