@@ -14,6 +14,7 @@ from experiments import kills
 from haq import finetune, search
 from haq.solvers import agents
 from haq.store.checkpoint import Checkpoint
+from haq.study import search_steps
 from haq.study.search_run import SearchRun
 from tests.commands.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
 
@@ -206,13 +207,20 @@ def test_a_history_that_cannot_have_been_is_refused(
     assert Path("cut/policy.json").read_bytes() == policy
 
 
-def test_fine_tuning_within_a_search_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+# One that goes through all of its epochs, and one that ends after two of them, as neither was better.
+@pytest.mark.parametrize(("give_up_after", "done"), [(None, 3), (2, 1)])
+def test_fine_tuning_within_a_search_goes_on(
+    give_up_after: int | None, done: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(search_steps, "GIVE_UP_AFTER", give_up_after)
     asked = [*SMALL, "--solver", "greedy", "--finetune-epochs", "4"]
     assert call(search.main, *asked, "--out", "whole") == 0
-    cut(monkeypatch, Checkpoint, "write", 3, search.main, *asked, "--out", "cut")
+    gave_up = "no epoch of the first 2, after which it ended" in " ".join(capsys.readouterr().out.split())
+    assert gave_up == (give_up_after is not None)
+    cut(monkeypatch, Checkpoint, "write", done, search.main, *asked, "--out", "cut")
     assert Path("cut/checkpoint/finetuning.state").is_file()
     with monkeypatch.context() as patched:
-        kill_after(patched, Checkpoint, "write", 2)  # three of four epochs are done
+        kill_after(patched, Checkpoint, "write", 2)  # the others were done before
         assert call(search.main, "--resume", "cut") == 0
     assert same("whole", "cut") == []
 
