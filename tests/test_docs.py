@@ -1,4 +1,4 @@
-"""What docs/how_to/solver.md and docs/pruning.md show runs as it is written."""
+"""What docs/how_to/solver.md and docs/how_to/prune.md show runs as it is written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quantizers.pruning import criterion_names
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "how_to" / "solver.md").read_text(encoding="utf-8")
-PRUNING = (DOCS / "pruning.md").read_text(encoding="utf-8")
+PRUNING = (DOCS / "how_to" / "prune.md").read_text(encoding="utf-8")
 
 
 def test_the_page_on_solvers_runs_as_written(
@@ -61,6 +61,7 @@ def test_the_page_on_pruning_runs_as_written(
     assert printed[0] == "0 8 ('0',) ('3',)"
     assert "outputs of the network" in printed[2]
     assert printed[3].startswith("Conv2d(4, 8")
+    assert printed[4].startswith("Conv2d(1, 4")
     assert printed[-1].startswith("Result(surrogate: accuracy")
     assert found["small"][3].in_channels == 4  # type: ignore[index]
 
@@ -72,7 +73,7 @@ def test_the_page_on_pruning_names_every_criterion_and_method() -> None:
 
 def test_the_commands_of_the_page_on_pruning_are_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    (search,) = re.findall(r"^    haq (search .*)$", PRUNING, re.MULTILINE)
+    (search,) = re.findall(r"^haq (search .*)$", PRUNING, re.MULTILINE)
     assert main([*shlex.split(search), "--dry-run"]) == 0
-    (training,) = re.findall(r"^    haq train .*--method (\".*?\").*$", PRUNING, re.MULTILINE)
+    (training,) = re.findall(r"^haq train .*--method (\".*?\").*$", PRUNING, re.MULTILINE)
     build_method(shlex.split(training)[0])

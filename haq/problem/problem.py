@@ -1223,6 +1223,8 @@ class Problem:
         if metric == self.metric:
             return self.reach + self._because_pinned(amount) + self._unit_words(metric, amount, reference)
         low, high = describe_amount(smallest, metric, UP), describe_amount(largest, metric, DOWN)
+        if largest == smallest:
+            high = low
         fraction = np.ceil(1000 * smallest / reference) / 1000
         return f"on {self.target.name}, {metric} can be from {low} ({fraction:.3f} of {self.reference_words}) to {high}"
 
