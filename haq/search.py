@@ -142,6 +142,9 @@ def resume_search(folder: Path, workers: WorkersConfig, output: Output, device: 
 
     Returns:
         The exit status.
+
+    Raises:
+        ValueError: For a search that shares what it tries with others of a sweep, and for a device of another kind.
     """
     from haq.store.files import CONFIG
     from haq.store.lock import writing

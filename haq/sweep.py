@@ -112,6 +112,9 @@ def resume_sweep(folder: Path, workers: WorkersConfig, output: Output) -> int:
 
     Returns:
         The exit status.
+
+    Raises:
+        ValueError: For a sweep that is finished.
     """
     from haq.store.files import SWEEP, SWEEP_PICTURE
     from haq.store.lock import writing

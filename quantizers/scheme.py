@@ -684,7 +684,11 @@ def started(scheme: Scheme, layer: SchemeLayer) -> dict[str, Tensor]:
 
 @contextmanager
 def failing_as(scheme: Scheme, method: str) -> Iterator[None]:
-    """Say whose method it is that fails within; ours, and those that say why themselves, are left alone."""
+    """Say whose method it is that fails within; ours, and those that say why themselves, are left alone.
+
+    Raises:
+        ValueError: Naming the method and the scheme, for whatever else somebody's own raises.
+    """
     try:
         yield
     except ValueError:

@@ -96,7 +96,11 @@ def compare_any(network: nn.Module, given: AnySamples, path: Path) -> Verdict:
 
 
 def package(name: str) -> Any:
-    """Import onnx, onnxruntime, onnxscript or qonnx: they are optional, so it is done where they are needed."""
+    """Import onnx, onnxruntime, onnxscript or qonnx: they are optional, so it is done where they are needed.
+
+    Raises:
+        ImportError: With what to install, if it isn't there.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -842,7 +842,11 @@ def _told(objective: BlackBox, network: nn.Module, split: str) -> float:
 
 @contextmanager
 def named(objective: Objective, method: str) -> Iterator[None]:
-    """Say whose method it is that fails within; ours, and those that say why themselves, are left alone."""
+    """Say whose method it is that fails within; ours, and those that say why themselves, are left alone.
+
+    Raises:
+        ValueError: Naming the method and the objective, for whatever else somebody's own raises.
+    """
     try:
         yield
     except (Exception, SystemExit) as error:

@@ -231,6 +231,7 @@ class Problem:
         Raises:
             OutOfReach: A ValueError, for a budget out of reach, naming the reachable range.
             ValueError: For whatever can't be, such as a width that means nothing in a scheme; before anything is computed.
+            TypeError: For an argument of another kind, such as a `forward` that can't be called.
         """
         check_arguments(network, target, metric, bits, pinned)
         check_quantization(correction, rounding)

@@ -75,7 +75,11 @@ class GivenTarget:
         return f"the costs of {self.name} that a file tells"
 
     def cost_table(self, workload: hw_models.Workload, *, batch: int | None = None) -> CostTable:
-        """Return the file's costs, which are of its own layers and one batch."""
+        """Return the file's costs, which are of its own layers and one batch.
+
+        Raises:
+            ValueError: For other layers or another batch than the file's.
+        """
         if workload != self.table.workload or batch not in (None, self.table.batch):
             raise ValueError(f"the costs of {self.name} are those of a file, for its own layers and batch")
         return self.table

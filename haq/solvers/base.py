@@ -584,7 +584,7 @@ def conclude(found: Solver, session: Session) -> Trial:
 
     Raises:
         NothingGoodEnough: A ValueError, naming the solver and the best that it saw.
-        ValueError: Naming the solver, if it evaluated no policy within the budget.
+        NothingFound: A ValueError, naming the solver, if it evaluated no policy within the budget.
     """
     if session.best is None and session.problem.goal.kind == CHEAPEST:
         raise NothingGoodEnough(f"solver {_called(found)!r} found no policy that is good enough: {_closest(session)}")

@@ -63,6 +63,7 @@ def connected(address: str) -> Iterator[None]:
 
     Raises:
         ImportError: Without Ray.
+        ValueError: For an address of another form.
         ConnectionError: If there is no cluster.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told
