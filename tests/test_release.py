@@ -68,9 +68,11 @@ def test_code_that_was_not_installed_names_the_extra(monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_asks_an_index_for_this_package() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     for package in (*PACKAGES, "experiments"):
-        for path in (ROOT / package).rglob("*.py"):
-            assert "install 'haq[" not in path.read_text(encoding="utf-8"), path
+        pages += (ROOT / package).rglob("*.py")
+    for path in pages:
+        assert "install 'haq[" not in path.read_text(encoding="utf-8"), path
 
 
 def test_what_an_index_shows_has_no_link_into_the_repository() -> None:
