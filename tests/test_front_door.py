@@ -50,6 +50,7 @@ def test_the_main_job_in_ten_lines(tmp_path: Path) -> None:
     result = haq.solve(problem, "greedy", evaluations=40, seed=0)
     table = result.table()
     figure = result.plot()
+    assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
     tuned = result.finetune(train, epochs=4)
     folder = result.save(tmp_path / "found")
     again = haq.load(folder, net)

@@ -7,6 +7,7 @@ sentence says what to give instead of the name, such as `haq.problem.metrics.Psn
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,11 @@ def import_torchmetrics(module: str = "torchmetrics") -> Any:
     Raises ImportError, with what to install, if it isn't there.
     """
     try:
-        import_declared("torchmetrics")
-        return importlib.import_module(module)
+        with warnings.catch_warnings():
+            # Its texts take progress bars of tqdm, which in a notebook without ipywidgets warns that there are none.
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            import_declared("torchmetrics")
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(f"{error.name} is not installed: pip install torchmetrics") from error
 

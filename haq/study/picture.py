@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +32,17 @@ def draw_policy(problem: Problem, policy: Q.BitPolicy, described: Mapping[str, A
         A figure that belongs to no window; a notebook shows it.
     """
     record = ProblemRecord.from_dict(described or outline(problem), "the problem")
-    return pictures.draw_policy(record, PolicyRecord.of(policy), channels_of(problem, policy))
+    figure = pictures.draw_policy(record, PolicyRecord.of(policy), channels_of(problem, policy))
+    # A notebook knows how to show figures only where pyplot was imported.
+    figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    """Write a figure as PNG."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
 
 
 def save_picture(problem: Problem, policy: Q.BitPolicy, path: Path, described: Mapping[str, Any] | None = None) -> None:
