@@ -611,9 +611,9 @@ def type_words(annotation: ast.expr, classes: Mapping[str, ast.ClassDef]) -> str
     text = re.sub(r"\blist\[((?:[^][]|\[[^][]*\])*)\]", r"list of \1", text)
     for kind, meant in {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.items():
         text = re.sub(rf"\b{kind}\b", meant, text)
-    return re.sub(
-        r"\b\w+\b", lambda found: f"[{found[0]}](#{found[0].lower()})" if found[0] in classes else found[0], plain(text)
-    )
+    shown = [name for name, node in classes.items() if own_keys(node) or is_file_record(node, classes)]
+    links = {name: f"[{name}](#{name.lower()})" for name in shown}
+    return re.sub(r"\b\w+\b", lambda found: links.get(found[0], found[0]), plain(text))
 
 
 def constant(module: str, name: str) -> str:
