@@ -59,6 +59,7 @@ OPTION = re.compile(r"(?<![\w-])(--?[a-zA-Z][\w-]*)")
 
 
 RECORDS = "haq.store.records"
+SHORT = 40  # characters of a constant that is shown
 # What the keys of a hardware file may be, in words.
 VALUES: dict[Any, str] = {int: "whole number", float: "number", str: "text", bool: "true or false", tuple: "list"}
 # Keys that say all in their names, or that the class can't describe.
@@ -67,6 +68,21 @@ KEYS = {
     "name": "what tables and runs call it",
     "description": "one line about it",
     "clock_mhz": "million cycles per second",
+    "weight_port_bits_per_cycle": "how fast weights are fetched",
+    "activation_port_bits_per_cycle": "how fast activations are fetched",
+    "dram_read_bits_per_cycle": "how fast memory is read",
+    "dram_write_bits_per_cycle": "how fast memory is written",
+    "dram_bits_per_cycle": "how fast memory is read and written",
+    "weight_buffer_bytes": "size of the buffer on the chip",
+    "activation_buffer_bytes": "size of the buffer on the chip",
+    "output_buffer_bytes": "size of the buffer on the chip",
+    "weight_buffer_read_pj_per_bit": "energy of reading the buffer",
+    "weight_buffer_write_pj_per_bit": "energy of writing the buffer",
+    "activation_buffer_read_pj_per_bit": "energy of reading the buffer",
+    "activation_buffer_write_pj_per_bit": "energy of writing the buffer",
+    "output_buffer_read_pj_per_bit": "energy of reading the buffer",
+    "output_buffer_write_pj_per_bit": "energy of writing the buffer",
+    "dram_pj_per_bit": "energy of moving a bit from or to memory",
 }
 ALIASES = {
     "Share": "share",
@@ -197,7 +213,7 @@ def find(module: str, name: str) -> Name:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
             if name in map(ast.unparse, targets):
-                return Name(module, name, False, comment_on(module, node))
+                return Name(module, name, False, constant_words(module, node))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and any(name == (one.asname or one.name) for one in node.names):
             origin = next(one.name for one in node.names if name == (one.asname or one.name))
@@ -212,7 +228,7 @@ def first_sentence(text: str) -> str:
 
 
 def comment_on(module: str, node: ast.stmt) -> str:
-    """Say what a constant is: its value, if that is short, and the comment that stands behind or above it."""
+    """Read the comment that stands behind a definition, or in the lines above it."""
     lines = module_file(module).read_text(encoding="utf-8").splitlines()
     assert node.end_lineno is not None
     _, _, behind = lines[node.end_lineno - 1][node.end_col_offset :].partition("# ")
@@ -221,9 +237,14 @@ def comment_on(module: str, node: ast.stmt) -> str:
         if not line.startswith("# "):
             break
         above.insert(0, line[2:])
-    value = ast.unparse(node.value) if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None else ""
-    shown = f"`{value}`" if value and len(value) <= 40 else ""
-    return ": ".join(part for part in (shown, behind or " ".join(above)) if part)
+    return behind or " ".join(above)
+
+
+def constant_words(module: str, node: ast.Assign | ast.AnnAssign) -> str:
+    """Say what a constant is: its value, if that is short, and the comment on it."""
+    value = ast.unparse(node.value) if node.value is not None else ""
+    shown = f"`{value}`" if value and len(value) <= SHORT else ""
+    return ": ".join(part for part in (shown, comment_on(module, node)) if part)
 
 
 def names_table(module: str, folder: str) -> str:
@@ -349,9 +370,9 @@ def options_tables(command: click.Command, path: Sequence[str], context: click.C
     groups[COMMON] = groups.pop(COMMON, [])
     for heading, rows in groups.items():
         if rows:
-            yield f"**{heading}**\n"
-            yield f"| {'argument' if heading == ARGUMENTS else 'option'} | value | default | what it is |\n"
-            yield "|---|---|---|---|\n" + "".join(rows)
+            first = "argument" if heading == ARGUMENTS else "option"
+            head = f"| {first} | value | default | what it is |\n|---|---|---|---|\n"
+            yield f"**{heading}**\n\n{head}{''.join(rows)}"
 
 
 def option_row(param: click.Option, path: Sequence[str]) -> str:
@@ -558,7 +579,7 @@ def record_part(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> str:
     rows = []
     for one in own_keys(node):
         key, default = key_and_default(one)
-        about = told.get(ast.unparse(one.target)) or comment_on(RECORDS, one).rpartition("`: ")[2]
+        about = told.get(ast.unparse(one.target)) or comment_on(RECORDS, one)
         rows.append(f"| `{key}` | {type_words(one.annotation, classes)} | {default} | {words(about)} |\n")
     if rows:
         parts.append("| key | value | default | what it is |\n|---|---|---|---|\n" + "".join(rows))
@@ -590,9 +611,9 @@ def type_words(annotation: ast.expr, classes: Mapping[str, ast.ClassDef]) -> str
     text = re.sub(r"\blist\[((?:[^][]|\[[^][]*\])*)\]", r"list of \1", text)
     for kind, meant in {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.items():
         text = re.sub(rf"\b{kind}\b", meant, text)
-    return re.sub(
-        r"\b\w+\b", lambda found: f"[{found[0]}](#{found[0].lower()})" if found[0] in classes else found[0], plain(text)
-    )
+    shown = [name for name, node in classes.items() if own_keys(node) or is_file_record(node, classes)]
+    links = {name: f"[{name}](#{name.lower()})" for name in shown}
+    return re.sub(r"\b\w+\b", lambda found: links.get(found[0], found[0]), plain(text))
 
 
 def constant(module: str, name: str) -> str:

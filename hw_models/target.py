@@ -210,6 +210,15 @@ def load_target(
         FileNotFoundError: For a file that isn't there.
         ImportError: Saying what to install, or why somebody's module can't be imported.
         ConnectionError: When no board answers.
+
+    Examples:
+        >>> from torch import nn, zeros
+        >>> from hw_models import trace
+        >>> target = load_target("edge")
+        >>> target.provenance
+        'estimated'
+        >>> target.cost_table(trace(nn.Sequential(nn.Linear(4, 2)), zeros(1, 4))).latency_s.shape
+        (1, 10, 10)
     """
     if is_compiled(name):
         return replace(load_cpu(name, threads, target), cold=cold, progress=progress, notice=notice or warn)

@@ -44,6 +44,12 @@ def trace(network: nn.Module, *example: Any, forward: Forward | None = None) -> 
     Raises:
         ValueError: If there is no such layer, listing the modules found; and, naming it, for a convolution or a recurrent
             layer that is none of these, and for a product with trained weights outside of them.
+
+    Examples:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 10))
+        >>> workload = trace(network, torch.zeros(1, 3, 8, 8))
+        >>> [(layer.name, layer.macs) for layer in workload.layers]
+        [('0', 7776), ('2', 2880)]
     """
     example = examples.first_of_lists(example)
     if examples.batch_of(example) == 0:

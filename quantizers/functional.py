@@ -51,6 +51,10 @@ def integer_range(bits: int, signed: bool, narrow: bool = True) -> tuple[int, in
 
     Raises:
         ValueError: For bits that aren't in `WIDTHS`, and for one signed bit that isn't narrow.
+
+    Examples:
+        >>> integer_range(4, signed=True), integer_range(4, signed=False)
+        ((-7, 7), (0, 15))
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in WIDTHS:
         raise ValueError(f"bits must be an integer from 1 to {MAX_BITS}, or {WIDE_BITS}, not {bits!r}")
@@ -141,6 +145,10 @@ def fake_quantize(
 
     Raises:
         ValueError: For a width without such integers.
+
+    Examples:
+        >>> fake_quantize(torch.tensor([0.1, 0.26, 9.0]), torch.tensor(0.25), bits=2, signed=False)
+        tensor([0.0000, 0.2500, 0.7500])
     """
     low, high = _bounds(bits, signed, narrow, zero_point)
     if differentiated(x, scale):
@@ -471,6 +479,10 @@ def row_of(bits: int) -> int:
 
     Returns:
         0 for 1 bit, 7 for 8 bits, 8 for 16 bits.
+
+    Examples:
+        >>> row_of(8), row_of(16)
+        (7, 8)
     """
     return WIDTHS.index(bits)
 

@@ -146,6 +146,7 @@ class Reads(TorchFunctionMode):
         self._inside.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch, and note which parameters are multiplied outside of the layers that are followed."""
         function = func.__name__.strip("_")
         if any(word in function for word in PRODUCTS):
             own: set[int] = set()

@@ -120,6 +120,14 @@ def quantize(
 
     Warns:
         LeftInFloat: Naming what multiplies by weights and isn't quantized (a ConvTranspose2d, a GRU).
+
+    Examples:
+        >>> import torch
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 10))
+        >>> batches = [torch.rand(16, 3, 8, 8)]
+        >>> qnetwork = quantize(network, BitPolicy.uniform(network, w=4, a=4), calibrate=batches)
+        >>> qnetwork(batches[0]).shape
+        torch.Size([16, 10])
     """
     if not isinstance(policy, BitPolicy):
         policy = BitPolicy(policy)
@@ -443,6 +451,12 @@ def set_policy(network: nn.Module, policy: Mapping[str, Bits]) -> None:
         ValueError: Changing nothing, for unknown or missing layers, for bits that mean nothing in a
             layer's scheme, for bits that need calibration data where there were none, and for shares of
             channels that the network wasn't pruned to.
+
+    Examples:
+        >>> network = quantize(nn.Sequential(nn.Linear(4, 2)), {"0": (8, None)})
+        >>> set_policy(network, {"0": (4, None)})
+        >>> get_policy(network)
+        BitPolicy({'0': (4, None)})
     """
     layers = quant_layers(network)
     if not isinstance(policy, BitPolicy):

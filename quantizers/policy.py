@@ -37,6 +37,10 @@ def ends(names: Sequence[str]) -> dict[str, Bits]:
 
     Returns:
         Pairs of widths of the two layers; of one layer, one; of none, nothing.
+
+    Examples:
+        >>> ends(["stem", "body", "head"])
+        {'stem': (8, 8), 'head': (8, 8)}
     """
     if not names:
         return {}
@@ -97,6 +101,12 @@ class BitPolicy(Mapping[str, Bits]):
 
         Raises:
             ValueError: If the network has no such layer, or for bits out of range.
+
+        Examples:
+            >>> from torch import nn
+            >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 10))
+            >>> BitPolicy.uniform(network, w=4, a=8)
+            BitPolicy({'0': (4, 8), '2': (4, 8)})
         """
         names = [name for name, module in network.named_modules() if isinstance(module, QUANTIZABLE)]
         if not names:
@@ -199,6 +209,10 @@ class BitPolicy(Mapping[str, Bits]):
 
         Raises:
             ValueError: For a layer that the policy doesn't have.
+
+        Examples:
+            >>> BitPolicy({"a": (2, 4), "b": (8, 2)}).tied([("a", "b")])
+            BitPolicy({'a': (8, 4), 'b': (8, 4)})
         """
         bits = dict(self._bits)
         for group in groups:

@@ -153,7 +153,7 @@ def wanting(where: str, thing: Any, owner: type | None) -> Iterator[str]:
     if where.endswith(".__init__"):
         # What an object is made of is said by its class or here; a dataclass says it by its fields.
         text = f"{inspect.cleandoc(owner.__doc__ or '')}\n{text}"
-        if not hasattr(owner, "__dataclass_fields__"):
+        if not hasattr(owner, "__dataclass_fields__") and not getattr(owner, "_is_protocol", False):
             yield from wanting_sections(text, thing, is_face, returns=False)
         return
     if not text or text.startswith(f"{getattr(thing, '__name__', '')}("):  # what Python itself writes for a named tuple

@@ -615,6 +615,10 @@ def without(count: int, index: Tensor) -> Tensor:
 
     Returns:
         The others, ascending, shape (count - n,).
+
+    Examples:
+        >>> without(5, torch.tensor([1, 3]))
+        tensor([0, 2, 4])
     """
     keep = torch.ones(count, dtype=torch.bool)
     keep[index] = False

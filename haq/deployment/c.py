@@ -116,9 +116,11 @@ class Compiled:
         return np.array([line.split() for line in lines], np.int64).reshape(len(images), -1)
 
     def __enter__(self) -> Compiled:
+        """Return the program itself."""
         return self
 
     def __exit__(self, *error: object) -> None:
+        """Delete the program's folder."""
         self._place.cleanup()
 
 

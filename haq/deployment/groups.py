@@ -118,6 +118,12 @@ class Grouping:
     """Puts a graph's operations into groups, in an order in which they can be computed."""
 
     def __init__(self, graph: Graph, largest: Mapping[str, float]) -> None:
+        """Group the operations of a graph.
+
+        Args:
+            graph: The graph.
+            largest: The largest magnitude of values, by name.
+        """
         self.nodes = {node.name: node for node in graph.nodes}
         self.largest = largest
         self.readers: dict[str, int] = {}

@@ -52,6 +52,10 @@ def split_name(name: str) -> tuple[str, str]:
 
     Returns:
         Name and path; for anything but NAME@PATH an empty text, and the name as it is.
+
+    Examples:
+        >>> split_name("mobilenet-mini@weights.pth")
+        ('mobilenet-mini', 'weights.pth')
     """
     base, _, path = name.partition("@")
     if not path or "/" in base or is_file(Path(name)):

@@ -30,6 +30,10 @@ def standard_error(accuracy: float, count: int) -> float:
 
     Returns:
         The error, a share itself.
+
+    Examples:
+        >>> round(standard_error(0.9, 100), 3)
+        0.03
     """
     return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / count)
 

@@ -128,6 +128,10 @@ def allocate(
     Raises:
         ValueError: If shapes differ, numbers are NaN or nothing fits, naming the least cost that can be reached.
         RuntimeError: If it isn't solved, though something fits.
+
+    Examples:
+        >>> allocate(loss=[[3, 1, 0], [2, 1, 0]], cost=[[1, 2, 4], [1, 2, 4]], limit=4)
+        array([1, 1])
     """
     losses = np.asarray(loss, float)
     limits = [(np.asarray(costs, float), float(most)) for costs, most in ((cost, limit), *also)]

@@ -442,6 +442,15 @@ def solve(
         FileNotFoundError: For a folder that holds no trials.
         ValueError: For something that is no solver, for numbers out of range, for trials of another problem, for `confirm` if
             it can't be read, for whatever the solver refuses, and if it fails or evaluated no policy within the budget.
+
+    Examples:
+        >>> import haq, torch
+        >>> network = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)], torch.nn.Linear(8, 3))
+        >>> samples = [(torch.rand(32, 8), torch.arange(32) % 3)]
+        >>> problem = haq.Problem(network, calibrate=samples, search=samples, target="edge", budget=0.9)
+        >>> result = haq.solve(problem, "greedy", evaluations=20)
+        >>> problem.holds(result.policy)
+        True
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}; it must be a haq.Problem, made of the network")
