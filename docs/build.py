@@ -5,21 +5,20 @@
     python docs/build.py --pages                        # execute none
 
 A page of `start.md`, tutorials/ and how_to/ is a notebook in Markdown, as jupytext reads it: its `python` and `bash` blocks
-are cells. Each runs in a folder of its own. What a cell prints, shows or draws stands below it on the site, and the notebook is
-beside the page. A block whose fence says `python no-execute` or `bash no-execute` is only shown.
+are cells. Each runs in a folder of its own. What a cell prints, shows or draws stands below it on the site, and the notebook
+is beside the page. A block whose fence says `python no-execute` or `bash no-execute` is only shown.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,16 +29,26 @@ from nbclient.exceptions import CellExecutionError
 from nbconvert import MarkdownExporter
 from nbconvert.filters import strip_ansi
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+from reference_pages import write_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "docs"
 BUILT = ROOT / "build" / "docs"
 WORK = ROOT / "build" / "work"
-PACKAGES = ("quantizers", "hw_models", "envs", "haq")
 PATIENCE = 600  # seconds that a cell may take
 AT_ONCE = 2  # pages that are executed at the same time
 NOT_EXECUTED = re.compile(r"^```(python|bash) no-execute$", re.MULTILINE)
 SHOWN_ONLY = r"```{.\1}"  # a fence that jupytext takes for text
+# Otherwise the language of most blocks is that of the notebook.
+IN_PYTHON = """\
+---
+jupyter:
+  kernelspec:
+    name: python3
+    display_name: Python 3
+    language: python
+---
+"""
 
 
 def pages() -> list[str]:
@@ -64,8 +73,7 @@ def execute(name: str) -> float:
     """
     begin = time.monotonic()
     text = (SOURCE / f"{name}.md").read_text(encoding="utf-8")
-    notebook = jupytext.reads(NOT_EXECUTED.sub(SHOWN_ONLY, text), fmt="md")
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = jupytext.reads(IN_PYTHON + NOT_EXECUTED.sub(SHOWN_ONLY, text), fmt="md")
     folder = WORK / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -126,43 +134,19 @@ def drawn(name: str, cell: nbformat.NotebookNode, output: nbformat.NotebookNode)
     return True
 
 
-def modules() -> Iterator[tuple[str, str]]:
-    """Go through the public modules: dotted name, and the first line of its docstring."""
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            parts = list(path.relative_to(ROOT).with_suffix("").parts)
-            if parts[-1] == "__init__":
-                parts.pop()
-            if any(part.startswith("_") for part in parts):
-                continue
-            told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            yield ".".join(parts), told.partition("\n\n")[0].replace("\n", " ")
-
-
-def write_reference() -> None:
-    """Write a page for every public module, and the list of them."""
-    folder = BUILT / "reference" / "python"
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name, told in modules():
-        (folder / f"{name}.md").write_text(f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n")
-        rows.append(f"| [`{name}`](python/{name}.md) | {told.replace('|', chr(92) + '|')} |\n")
-    listed = BUILT / "reference" / "modules.md"
-    listed.write_text("| module | what it does |\n|---|---|\n" + "".join(rows), encoding="utf-8")
-
-
 def build(executed: Sequence[str]) -> None:
     """Build the site, with some of its pages executed."""
     shutil.rmtree(BUILT, ignore_errors=True)
     shutil.copytree(SOURCE, BUILT, ignore=shutil.ignore_patterns("*.py", "__pycache__", "dictionary.txt"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a page has a core
     os.environ.setdefault("COLUMNS", "100")
+    os.environ["TTY_COMPATIBLE"] = "0"  # a kernel asks programs for colours, with which progress would be printed, too
     os.environ["NO_MKDOCS_2_WARNING"] = "1"
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for name, seconds in zip(executed, pool.map(execute, executed), strict=True):
             print(f"{seconds:6.1f} s  {name}", flush=True)
-    write_reference()
+    write_reference(BUILT)
     subprocess.run([sys.executable, "-m", "mkdocs", "build", "--quiet"], cwd=ROOT, check=True)
     print(f"Written: {ROOT / 'site' / 'index.html'}")
 

@@ -64,11 +64,25 @@ class SearchProblem(Protocol):
         ...
 
     def decide(self, pairs: Any) -> BitPolicy:
-        """Make a policy of a pair of widths for every decision, float being 32."""
+        """Make a policy of a pair of widths for every decision, float being 32.
+
+        Args:
+            pairs: For each decision the widths of weights and inputs.
+
+        Returns:
+            The policy.
+        """
         ...
 
     def evaluate(self, policy: BitPolicy) -> Any:
-        """Judge a policy: what is returned has accuracy and loss."""
+        """Judge a policy: what is returned has accuracy and loss.
+
+        Args:
+            policy: The policy.
+
+        Returns:
+            Something with `accuracy` (a share) and `loss` (nats).
+        """
         ...
 
 
@@ -87,7 +101,14 @@ class Choices:
     """
 
     def __init__(self, problem: SearchProblem) -> None:
-        """Find out what there is to decide. Raises ValueError if every decision has a single option."""
+        """Find out what there is to decide.
+
+        Args:
+            problem: The problem.
+
+        Raises:
+            ValueError: If every decision has a single option.
+        """
         self.problem = problem
         self.free = [index for index, decision in enumerate(problem.decisions) if len(decision.pairs) > 1]
         if not self.free:

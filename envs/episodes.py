@@ -121,7 +121,14 @@ class Episodes(Choices):
         return share
 
     def begin(self, count: int) -> Observation:
-        """Begin so many episodes anew; returns what is seen, shape (episodes, entries)."""
+        """Begin so many episodes anew.
+
+        Args:
+            count: How many.
+
+        Returns:
+            What is seen before the first step, shape (episodes, entries).
+        """
         self.step = 0
         self.options: Options = np.zeros((count, len(self.problem.decisions)), np.int64)
         self.left = np.full(count, self._total)
@@ -164,7 +171,11 @@ class Episodes(Choices):
         return self._observe()
 
     def planned(self) -> Options:
-        """Return the options that the plan gives to what this step decides, shape (episodes,)."""
+        """Return the options that the plan gives to what this step decides.
+
+        Returns:
+            Numbers of options, shape (episodes,).
+        """
         return self._planned
 
     def actions_for(self, widths: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -182,7 +193,14 @@ class Episodes(Choices):
         return np.clip((asked - planned) / np.where(reach > 0, reach, 1), -1, 1).astype(np.float32)
 
     def actions_taking(self, options: Options) -> NDArray[np.float32]:
-        """Return the actions that ask for just these options of the present step, shape (episodes, 2)."""
+        """Return the actions that ask for just these options of the present step.
+
+        Args:
+            options: Numbers of options, shape (episodes,).
+
+        Returns:
+            Actions in [-1, 1], float32, shape (episodes, 2).
+        """
         return self.actions_for(self.rungs[self.step][options])
 
     def _taken(self) -> Options:

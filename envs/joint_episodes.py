@@ -92,7 +92,14 @@ class JointProblem(SearchProblem, Protocol):
         ...
 
     def keep_of(self, numbers: Any) -> dict[str, float]:
-        """Return what policies call `keep` for an option of every channel decision."""
+        """Return what policies call `keep` for an option of every channel decision.
+
+        Args:
+            numbers: The number of an option for each channel decision, in order.
+
+        Returns:
+            Shares of channels, by the group's name.
+        """
         ...
 
     def decide(self, pairs: Any, keep: Any = None) -> BitPolicy:
@@ -192,7 +199,14 @@ class JointEpisodes:
         return share
 
     def begin(self, count: int) -> Observation:
-        """Begin so many episodes anew; returns what is seen, shape (episodes, entries)."""
+        """Begin so many episodes anew.
+
+        Args:
+            count: How many.
+
+        Returns:
+            What is seen before the first step, shape (episodes, entries).
+        """
         self.step = 0
         groups = self.joint.groups
         self.options: Options = np.zeros((count, len(self.joint.counts)), np.int64)
@@ -236,11 +250,22 @@ class JointEpisodes:
         return self._observe()
 
     def planned(self) -> Options:
-        """Return the options that the plan gives to what this step decides, shape (episodes,)."""
+        """Return the options that the plan gives to what this step decides.
+
+        Returns:
+            Numbers of options, shape (episodes,).
+        """
         return self._planned
 
     def actions_taking(self, options: Options) -> NDArray[np.float32]:
-        """Return the actions that ask for just these options of the present step, shape (episodes, 2)."""
+        """Return the actions that ask for just these options of the present step.
+
+        Args:
+            options: Numbers of options, shape (episodes,).
+
+        Returns:
+            Actions in [-1, 1], float32, shape (episodes, 2).
+        """
         place = self.free[self.step]
         asked, planned = self._coordinates(place, options), self._coordinates(place, self._planned)
         low, high = self._bounds(place)
@@ -248,7 +273,11 @@ class JointEpisodes:
         return np.clip((asked - planned) / np.where(reach > 0, reach, 1), -1, 1).astype(np.float32)
 
     def possible(self) -> Flags:
-        """Tell after which options of the present step all budgets can be kept, shape (episodes, options)."""
+        """Tell after which options of the present step all budgets can be kept.
+
+        Returns:
+            Booleans, shape (episodes, options).
+        """
         place = self.free[self.step]
         if self._is_widths(place):
             found: Flags = np.all(self.joint.used_instead(self.options, place) <= 1 + ROUNDING, axis=-1)

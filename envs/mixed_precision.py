@@ -101,16 +101,32 @@ class MixedPrecisionEnv(PolicyEnv):
         return self._finish(np.array(pairs), cost, float(self.episodes.saturation[0]))
 
     def planned(self) -> tuple[int, int]:
-        """Return the pair of widths, float being 32, that the plan gives to what this step decides."""
+        """Return the pair of widths that the plan gives to what this step decides.
+
+        Returns:
+            The widths of weights and inputs, float being 32.
+        """
         w, a = self.decisions[self.episodes.step].pairs[int(self.episodes.planned()[0])]
         return int(w), int(a)
 
     def action_for(self, w: int | None, a: int | None) -> NDArray[np.float32]:
-        """Return the action that asks for just these widths at the present step; None or 32 is float."""
+        """Return the action that asks for just these widths at the present step.
+
+        Args:
+            w: The width of weights; None or 32 is float.
+            a: The width of inputs.
+
+        Returns:
+            The action in [-1, 1], float32, shape (2,).
+        """
         return self.episodes.actions_for(np.array([[place_of(w) + 1, place_of(a) + 1]]))[0]
 
     def next_layer(self) -> str:
-        """Return the name of the (first) layer that the next step decides."""
+        """Return the name of the (first) layer that the next step decides.
+
+        Returns:
+            Its dotted module name.
+        """
         return self.problem.workload.names[self.decisions[self.episodes.step].layers[0]]
 
     def _start(self) -> None:

@@ -66,12 +66,28 @@ class Plan:
         return steps
 
     def least(self, decision: int, left: Any) -> Array:
-        """Return the least loss that the decisions from one on add within what is left (any shape)."""
+        """Return the least loss that the decisions from one on add within what is left.
+
+        Args:
+            decision: The first of the decisions that are left.
+            left: What is left of the budget, an array of any shape in the units of the plan's costs.
+
+        Returns:
+            Losses, same shape.
+        """
         found: Array = self.values[decision][self.slack(decision, left)]
         return found
 
     def option(self, decision: int, left: Any) -> NDArray[np.int64]:
-        """Return the option to take now for the least loss in the end, for what is left (any shape)."""
+        """Return the option to take now for the least loss in the end.
+
+        Args:
+            decision: The decision.
+            left: What is left of the budget, an array of any shape in the units of the plan's costs.
+
+        Returns:
+            Numbers of options, same shape.
+        """
         slack = self.slack(decision, left)[..., None]
         steps = self.steps[decision]
         rest = self.values[decision + 1][np.maximum(slack - steps, 0)]
@@ -162,6 +178,12 @@ class PlanWithin:
         Args:
             taken: The options of the decisions before.
             preference: A number for every option; the least is preferred.
+
+        Returns:
+            The number of the option.
+
+        Raises:
+            ValueError: If no option leaves a policy that is within all budgets.
         """
         possible = self.programme.possible(taken)
         for option in np.argsort(preference, kind="stable").tolist():

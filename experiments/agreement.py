@@ -1,6 +1,6 @@
 """A search without labels: EfficientNet-Lite0 with its ImageNet weights, on what photographs there are.
 
-    pip install 'haq[zoo,tvm]' foolbox scikit-image scikit-learn gradio && apt-get install mate-backgrounds
+    pip install -c constraints.txt -e ".[zoo,tvm]" foolbox scikit-image scikit-learn gradio && apt-get install mate-backgrounds
     OMP_NUM_THREADS=1 python -m experiments.agreement [--quick] [--photographs FOLDER ...] [--out FOLDER]
 
 The photographs are those that some packages carry (`PHOTOGRAPHS`; what isn't installed is left out, and the page says what was

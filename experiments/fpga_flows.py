@@ -163,7 +163,7 @@ def main() -> None:
     given = parser.parse_args()
     for flow in given.flows:
         if interpreter_of(flow) is None:
-            parser.error(f"{INTERPRETERS[flow]} must name the Python that {flow} is installed in (docs/fpga.md)")
+            parser.error(f"{INTERPRETERS[flow]} must name the Python that {flow} is installed in (docs/how_to/fpga.md)")
     table = Table(*COLUMNS, box=box.SIMPLE)
     console = Console()
     for name, (network, calibrate, test) in jobs(given.networks).items():

@@ -4,7 +4,8 @@
 
 1. Costs. MobileNetV1, MobileNetV2 and ResNet-50 at uniform 8, 6, 5 and 4 bits on edge, cloud and bitfusion: latency and energy
    of all layers at these bits, latency without first and last layer beside HAQ's (Wang et al., CVPR 2019; three of its values
-   seem to include the first layer, docs/edge.md), and the bytes of parameters with k-means weights, norms in float32 left out.
+   seem to include the first layer, docs/explanation/edge.md), and the bytes of parameters with k-means weights, norms in
+   float32 left out.
    All of it is estimated: it needs no weights and no images.
 2. Accuracies. HAQ's are those of ImageNet, which can't be had here. Printed after them, for the same comparison but not for
    the same numbers, are ours on Fashion-MNIST, of the default network and of a residual one of nine times its parameters,

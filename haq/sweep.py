@@ -19,6 +19,7 @@ from haq.console.tables import say, say_next
 from haq.console.values import FILE, FOLDER
 from haq.solvers import SOLVERS
 from haq.study.config import FOLDERS, SearchConfig, SweepConfig, WorkersConfig
+from hw_models.extras import install_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -111,6 +112,9 @@ def resume_sweep(folder: Path, workers: WorkersConfig, output: Output) -> int:
 
     Returns:
         The exit status.
+
+    Raises:
+        ValueError: For a sweep that is finished.
     """
     from haq.store.files import SWEEP, SWEEP_PICTURE
     from haq.store.lock import writing
@@ -170,7 +174,7 @@ def _print_plan(
     # The network and its images are the same on every target.
     tables.print_doubts(output.results, next(iter(context.tasks.values())))
     if not has_tensorboard():
-        say(output.notes, "TensorBoard events: none (pip install 'haq[report]' to have them)")
+        say(output.notes, f"TensorBoard events: none ({install_line('report')} to have them)")
 
 
 def _carry_out(folder: Path, context: SweepContext, workers: WorkersConfig, output: Output) -> int:

@@ -47,6 +47,7 @@ from haq.training.adversaries import STEPS, Adversary
 from haq.training.methods import METHODS, as_method, build_method
 from haq.training.optimizers import SCHEDULES, check_optimizer, check_schedule, usual_rate
 from hw_models import trust
+from hw_models.extras import install_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -822,7 +823,7 @@ def _events(folder: Path | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("--log needs TensorBoard: pip install 'haq[report]'") from error
+        raise ImportError(f"--log needs TensorBoard: {install_line('report')}") from error
     return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
 
 

@@ -26,9 +26,9 @@ Nothing is charged for results, instructions, activation functions, normalisatio
 first use is linear in tile, word and plane, so the maximum stands at a corner: that is the closed form below.
 
 `cloud` reproduces all 3392 cells of the latency table of MobileNetV2 that HAQ's authors published. `edge`, which they never
-described, was inferred from eight published latencies with the same rules: see docs/edge.md. Both could also run a depthwise
-layer one channel at a time, with the images of the batch (16 and 1) side by side in the block-diagonal product; the two
-readings differ only for other batches.
+described, was inferred from eight published latencies with the same rules: see docs/explanation/edge.md. Both could also run a
+depthwise layer one channel at a time, with the images of the batch (16 and 1) side by side in the block-diagonal product; the
+two readings differ only for other batches.
 
 Sources: Umuroglu et al., "BISMO: A Scalable Bit-Serial Matrix Multiplication Overlay", FPL 2018; HAQ (Wang et al., CVPR
 2019).

@@ -135,7 +135,14 @@ class Rule(BaseModel):
         return f"{_operand_words('weights', self.weights)} with {_operand_words('activations', self.activations)}"
 
     def narrow(self, general: Allowed) -> Allowed:
-        """Apply this rule to what the more general ones leave."""
+        """Apply this rule to what the more general ones leave.
+
+        Args:
+            general: What the more general rules leave.
+
+        Returns:
+            What this rule leaves of it, or says in its place.
+        """
         if self.pairs is not None:
             return _all_promised(_marked(self.pairs))
         of_weights, of_activations = _operand(self.weights), _operand(self.activations)
@@ -234,7 +241,17 @@ class Capabilities(Rule):
         return np.array([allowed.supported for allowed in self._allowed(workload)])
 
     def promised(self, workload: Workload) -> Bools:
-        """Tell which of the `supported` pairs a rule names: the target must have costs for these."""
+        """Tell which of the `supported` pairs a rule names: the target must have costs for these.
+
+        Args:
+            workload: The layers.
+
+        Returns:
+            Booleans, shape (layers, 10, 10), indexed as a cost table.
+
+        Raises:
+            ValueError: As `supported` does.
+        """
         return np.array([allowed.promised for allowed in self._allowed(workload)])
 
     def apply(self, table: CostTable) -> CostTable:
@@ -319,9 +336,14 @@ class Capabilities(Rule):
         return np.where(overflowing, cost, 1.0)
 
     def overflows(self, layer: Layer, *, full_range: bool = False) -> Bools:
-        """Tell at which pairs of widths a layer's sums can leave the accumulators, shape (10, 10).
+        """Tell at which pairs of widths a layer's sums can leave the accumulators.
 
-        `full_range` says that signed integers take the smallest too, -2^(b-1).
+        Args:
+            layer: The layer.
+            full_range: Whether signed integers take the smallest too, -2^(b-1).
+
+        Returns:
+            Booleans, shape (10, 10); all False without `accumulator_bits`. The module has the formula.
         """
         found = np.zeros((PLACES, PLACES), bool)
         if self.accumulator_bits is None:

@@ -48,6 +48,9 @@ class CostTable:
     is NaN in all of these (it is made so, if infinity, NaN or an absurdly large cost is given in one), and 0 in `cycles`.
     `bound` holds the index in `bounds` of what limits each cell. `counters` are further integer arrays of the same shape, by
     name.
+
+    Raises:
+        ValueError: For a cost that isn't positive, a layer that can't be done at any pair, and arrays of other shapes.
     """
 
     target: str
@@ -140,7 +143,14 @@ class CostTable:
         return np.isfinite(self.storage_bytes)
 
     def pairs_of(self, layer: int) -> list[tuple[int, int]]:
-        """List the pairs of widths that the target can do in a layer, float being 32."""
+        """List the pairs of widths that the target can do in a layer, float being 32.
+
+        Args:
+            layer: The layer's place in the workload.
+
+        Returns:
+            Pairs of weight and activation widths, ascending.
+        """
         found = at_places(np.argwhere(self.supported[layer]))
         return [(int(w), int(a)) for w, a in found]
 
@@ -177,10 +187,17 @@ class CostTable:
         return tuple(name for name, array in present.items() if array is not None)
 
     def metric(self, name: str) -> Floats:
-        """Return a metric's costs by layer and pair of widths, shape (layers, 10, 10), in its unit (`hw_models.UNITS`).
+        """Return a metric's costs by layer and pair of widths.
 
-        Raises ValueError for a metric that the target doesn't have, listing what there is, and for `peak_memory`, which is no
-        sum over layers: see `total`.
+        Args:
+            name: The metric: one of `all_metrics`.
+
+        Returns:
+            Costs in the metric's unit (`hw_models.UNITS`), shape (layers, 10, 10).
+
+        Raises:
+            ValueError: For a metric that the target doesn't have, listing what there is, and for `peak_memory`, which is no
+                sum over layers: see `total`.
         """
         if name == PEAK:
             raise ValueError(f"{PEAK} is no sum over layers, so no layer has a part of it: `total` tells what a policy takes")

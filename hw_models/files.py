@@ -63,7 +63,12 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path, most: int) -> str:
-    """Read a text file of at most `most` bytes, with its line ends as they are; ValueError if it isn't UTF-8."""
+    """Read a text file of at most `most` bytes, with its line ends as they are.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it isn't UTF-8, or is no file of such a size.
+    """
     try:
         return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError as error:

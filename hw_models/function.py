@@ -71,7 +71,11 @@ class FunctionTarget:
 
     @property
     def provenance(self) -> str:
-        """Its own, or "estimated". Raises ValueError for one that is no text."""
+        """Its own, or "estimated".
+
+        Raises:
+            ValueError: For one that is no text.
+        """
         said = getattr(self.function, "provenance", ESTIMATED)
         if not isinstance(said, str) or not said.strip():
             raise ValueError(f"`provenance` of {self.name} is {said!r}; it must be a text, such as 'measured on a board'")
@@ -79,7 +83,11 @@ class FunctionTarget:
 
     @property
     def batch(self) -> int:
-        """Images at a time. Raises ValueError for what is no positive integer."""
+        """Images at a time.
+
+        Raises:
+            ValueError: For what is no positive integer.
+        """
         try:
             return check_batch(getattr(self.function, "batch", 1))
         except ValueError as error:
@@ -87,7 +95,11 @@ class FunctionTarget:
 
     @property
     def zero_points(self) -> bool:
-        """Whether it computes with activations that have zero points. Raises ValueError for anything but True or False."""
+        """Whether it computes with activations that have zero points.
+
+        Raises:
+            ValueError: For anything but True or False.
+        """
         said = getattr(self.function, "zero_points", False)
         if not isinstance(said, bool):
             raise ValueError(f"`zero_points` of {self.name} is {str(said)[:40]!r}; it must be True or False")
@@ -101,8 +113,16 @@ class FunctionTarget:
     def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable:
         """Ask the function for every layer and pair of widths that its capabilities support.
 
-        Raises ValueError, naming the function, the layer and the pair, if it fails or returns anything but costs; for a layer
-        that it can't do at any pair, and for another batch than it is for.
+        Args:
+            workload: The layers.
+            batch: Images at a time; None is the function's own, and no other is taken.
+
+        Returns:
+            The costs, in seconds, joules and bytes.
+
+        Raises:
+            ValueError: Naming the function, the layer and the pair, if it fails or returns anything but costs; for a layer
+                that it can't do at any pair, and for another batch than it is for.
         """
         if batch is not None and check_batch(batch) != self.batch:
             raise ValueError(f"{self.name} is for a batch of {self.batch}, not {batch}")

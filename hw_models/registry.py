@@ -87,11 +87,19 @@ class Registry(Generic[Thing]):
         return name in self.names()
 
     def names(self) -> tuple[str, ...]:
-        """List our own names and those of installed packages; nothing is imported."""
+        """List our own names and those of installed packages; nothing is imported.
+
+        Returns:
+            The names, our own first.
+        """
         return tuple(dict.fromkeys([*self._builtin, *(point.name for point in self._installed())]))
 
     def rows(self) -> list[Row]:
-        """List what can be given: our own, the other forms of a name, and what is installed; nothing is imported."""
+        """List what can be given: our own, the other forms of a name, and what is installed; nothing is imported.
+
+        Returns:
+            A row for each, with its origin and a line.
+        """
         own = []
         for name, (_, line) in self._builtin.items():
             if callable(line):
@@ -146,7 +154,14 @@ class Registry(Generic[Thing]):
         raise ValueError(printable(sentence))
 
     def is_code(self, name: str) -> bool:
-        """Say whether a name would be imported as `module:Name`: no registered one, and no other form of a name."""
+        """Say whether a name would be imported as `module:Name`: no registered one, and no other form of a name.
+
+        Args:
+            name: What a user gave.
+
+        Returns:
+            Whether it is `module:Name` and nothing that is known.
+        """
         return _is_module_name(name) and name not in self and not self._is_form(name)
 
     def _own(self, name: str) -> Any:

@@ -36,7 +36,8 @@ computed by the fastest listed pair that is as wide in both operands: that pair'
 Energy, if both are given: MACs x `pj_per_mac` of the pair that computes + traffic x `pj_per_byte`.
 
 A peak is an upper limit, so times are lower ones, often far below what is measured: `utilisation` (from 0 to 1, by kind of
-layer) is where what is known of real kernels goes. docs/chips.md holds the targets that ship against published figures.
+layer) is where what is known of real kernels goes. docs/experiments/published_chips.md holds the targets that ship against
+published figures.
 """
 
 from __future__ import annotations

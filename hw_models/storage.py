@@ -17,7 +17,7 @@ SCHEMES = ("linear", "affine", "kmeans")
 
 
 def storage_parts(workload: Workload, scheme: str = "linear") -> Mapping[str, NDArray[np.int64]]:
-    """Count the bytes of every layer's parameters at every weight width, arrays of shape (layers, 10), by what they are.
+    """Count the bytes of every layer's parameters at every weight width, by what they are.
 
     weights      at their bits, padded to a byte per layer; for k-means, the indices of the codebook
                  (none where the weight is an earlier layer's: see `untied_bytes`)
@@ -25,6 +25,16 @@ def storage_parts(workload: Workload, scheme: str = "linear") -> Mapping[str, ND
     scales       float32: one per output channel for the weights (not for k-means, nor in float), one per layer for its input
     zero_points  affine: a byte beside every scale
     biases       float32
+
+    Args:
+        workload: The layers.
+        scheme: How weights are stored: linear, affine (with zero points) or kmeans.
+
+    Returns:
+        Bytes by what they are, arrays of shape (layers, 10).
+
+    Raises:
+        ValueError: For an unknown scheme.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r} of storing weights; known: {', '.join(SCHEMES)}")
@@ -56,6 +66,13 @@ def storage_bytes(workload: Workload, scheme: str = "linear") -> NDArray[np.floa
     They have shape (layers, 10, 10) as in a cost table, and are the same at every activation width but float, where the input
     has no scale. What belongs to no layer is `float_bytes`. A weight that several layers have counts at the first of them:
     right where all have the same width, and `untied_bytes` is what is missing where they don't.
+
+    Args:
+        workload: The layers.
+        scheme: How weights are stored, as `storage_parts` takes it.
+
+    Returns:
+        Bytes, shape (layers, 10, 10).
     """
     total = np.sum(list(storage_parts(workload, scheme).values()), axis=0)
     stored = np.repeat(total[:, :, None], PLACES, axis=2).astype(np.float64)
@@ -91,6 +108,12 @@ def float_bytes(workload: Workload) -> int:
     """Count the bytes of what no policy quantizes.
 
     These are norms with their running statistics, embeddings, and layers that are never called.
+
+    Args:
+        workload: The layers.
+
+    Returns:
+        Bytes, four for every value.
     """
     return FLOAT_BYTES * (workload.other_parameters + workload.other_values)
 

@@ -69,7 +69,15 @@ class Target(Protocol):
     # What it can do is an attribute, `capabilities` (`hw_models.Capabilities`); one without it does whatever it has costs for.
 
     def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable:
-        """Price every layer at every pair of widths; a batch of None is the target's own."""
+        """Price every layer at every pair of widths.
+
+        Args:
+            workload: The layers.
+            batch: Images at a time; None is the target's own.
+
+        Returns:
+            The costs, in seconds, joules and bytes.
+        """
         ...
 
 
@@ -137,7 +145,11 @@ def _is_ours(target: object) -> bool:
 
 
 def target_names() -> tuple[str, ...]:
-    """List the targets that ship with the package."""
+    """List the targets that ship with the package.
+
+    Returns:
+        Names that `load_target` takes, in alphabetical order.
+    """
     folder = resources.files("hw_models").joinpath("targets")
     return tuple(sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml")))
 
@@ -156,6 +168,9 @@ def target_rows() -> list[Row]:
     """List every target that can be named, each with where it comes from and a line about it.
 
     Installed ones are told by their package alone: they aren't imported.
+
+    Returns:
+        A row for each, ours first.
     """
     return TARGETS.rows()
 

@@ -62,7 +62,14 @@ def _to_channels(values: Tensor, x: Tensor) -> Tensor:
 
 
 def split_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return the one-bit weights of a quantized network, and all its other parameters."""
+    """Return the one-bit weights of a quantized network, and all its other parameters.
+
+    Args:
+        network: A quantized network, at its present bits.
+
+    Returns:
+        Both lists, in the order of the network's parameters.
+    """
     binary = {id(layer.weight) for layer in quant_layers(network).values() if layer.weight_bits == 1}
     weights, others = [], []
     for parameter in network.parameters():
@@ -82,12 +89,15 @@ class WeightClipping:
     """
 
     def __init__(self, network: nn.Module, low: float, high: float) -> None:
-        """Take a quantized network and the bounds. Raises ValueError unless low is below high.
+        """Take a quantized network and the bounds.
 
         Args:
             network: The quantized network.
             low: The smallest value of a weight.
             high: The largest.
+
+        Raises:
+            ValueError: Unless `low` is below `high`.
         """
         if not low < high:
             raise ValueError(f"weights can't be clipped to {low}..{high}: low must be below high")
@@ -226,7 +236,14 @@ class Stage:
     norm_momentum: float  # torch's: the weight of the new batch, 1 - Keras's
 
     def rate(self, epoch: int) -> float:
-        """Return the learning rate of an epoch of this stage, counted from 0."""
+        """Return the learning rate of an epoch of this stage.
+
+        Args:
+            epoch: Counted from 0.
+
+        Returns:
+            The rate, which falls geometrically from `lr` to `last_lr`.
+        """
         return float(self.lr * (self.last_lr / self.lr) ** (epoch / max(1, self.epochs - 1)))
 
     def enter(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> WeightClipping | None:

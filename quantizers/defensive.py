@@ -390,9 +390,14 @@ def error_amplification(network: nn.Module, clean: Tensor, perturbed: Tensor) ->
 
 
 def draw_amplification(results: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draw what `error_amplification` returned for several networks, by label, as a PNG; written beside and renamed.
+    """Draw the error amplification of several networks as a PNG; written beside and renamed.
 
-    Raises ValueError if there is nothing to draw, or if the networks' layers differ.
+    Args:
+        results: What `error_amplification` returned, by the network's label.
+        path: The picture.
+
+    Raises:
+        ValueError: If there is nothing to draw, or if the networks' layers differ.
     """
     lines = {label: dict(result) for label, result in results.items()}
     names = list(next(iter(lines.values()), {}))

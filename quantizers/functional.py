@@ -464,7 +464,14 @@ def refuse_infinite(weight: Tensor) -> None:
 
 
 def row_of(bits: int) -> int:
-    """Return which row of a tensor by width belongs to a width: 0 for 1 bit, 7 for 8 bits, 8 for 16 bits."""
+    """Return which row of a tensor by width belongs to a width.
+
+    Args:
+        bits: 1 to 8, or 16.
+
+    Returns:
+        0 for 1 bit, 7 for 8 bits, 8 for 16 bits.
+    """
     return WIDTHS.index(bits)
 
 

@@ -115,7 +115,15 @@ class QuantLayer(nn.Module):
         return bool(lacking)
 
     def check_known(self, weight_bits: int | None, activation_bits: int | None) -> None:
-        """Raise ValueError for bits that the layer's tensors have no rows for: those of a state of 1 to 8 bits."""
+        """Check that something is known of these bits: a state of 1 to 8 bits has no rows for 16.
+
+        Args:
+            weight_bits: 1 to 8 or 16, or None for float.
+            activation_bits: Likewise.
+
+        Raises:
+            ValueError: For bits that the layer's tensors have no rows for, or that it wasn't calibrated for.
+        """
         for bits, errors in ((weight_bits, self.weight_error), (activation_bits, self.activation_error)):
             if bits is not None and row_of(bits) >= len(errors):
                 raise ValueError(not_known(bits, len(errors)))
@@ -146,7 +154,11 @@ class QuantLayer(nn.Module):
         raise TypeError(f"{type(self).__name__} is not a layer by itself")
 
     def idle_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that take part in nothing at the present bits, by name."""
+        """Return the parameters that take part in nothing at the present bits, by name.
+
+        Returns:
+            Parameters by name, as `named_parameters` has them.
+        """
         scheme = self.scheme
         names: list[str] = []
         for name in scheme.learned:
@@ -166,7 +178,11 @@ class QuantLayer(nn.Module):
         return {name: own[name] for name in names if own.get(name) is not None}
 
     def effective_bias(self) -> Tensor | None:
-        """Return the bias that the layer computes with at its present bits, corrections included; None if it has none."""
+        """Return the bias that the layer computes with at its present bits, corrections included; None if it has none.
+
+        Returns:
+            Shape (C_out,), or None.
+        """
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         shift = self.shift_of_bias()
         if shift is None:
@@ -176,7 +192,11 @@ class QuantLayer(nn.Module):
         return bias + shift.to(bias.dtype)
 
     def shift_of_bias(self) -> Tensor | None:
-        """Return what is added to the layer's bias at its present bits; None for nothing."""
+        """Return what is added to the layer's bias at its present bits; None for nothing.
+
+        Returns:
+            Shape (C_out,), or None.
+        """
         if self._is_tailored() and self.tailored_shift is not None:
             return self.tailored_shift
         if self.bias_shift is None or self.weight_bits is None:
@@ -184,7 +204,14 @@ class QuantLayer(nn.Module):
         return row(self.bias_shift, self.weight_bits)
 
     def offset_of_rounding(self, bits: int) -> Tensor | None:
-        """Return what is added to the weight's integers after rounding to nearest, at a width; None for nothing."""
+        """Return what is added to the weight's integers after rounding to nearest, at a width.
+
+        Args:
+            bits: 1 to 8, or 16.
+
+        Returns:
+            Integers in the shape of the weight; None for nothing.
+        """
         if self._is_tailored() and self.tailored_offset is not None and bits == self.weight_bits:
             return self.tailored_offset
         if self.weight_offset is None or bits > MAX_BITS:
@@ -199,6 +226,9 @@ class QuantLayer(nn.Module):
         """Return the weight as the layer uses it: real values on the grid of its bits.
 
         It is a tensor of the caller's own, but for a weight in float, which is the layer's.
+
+        Returns:
+            A tensor in the shape of the weight.
         """
         made = self._kept_weight()
         # Nothing is kept where somebody looks on; `torch.jit.trace` does so twice, with gradients and

@@ -53,7 +53,14 @@ ROUNDINGS = ("nearest", "gptq")
 
 
 def quant_layers(network: nn.Module) -> dict[str, QuantLayer]:
-    """Return the quantized layers of a network by name, in the order of its modules."""
+    """Return the quantized layers of a network by name, in the order of its modules.
+
+    Args:
+        network: The network; a float one has none.
+
+    Returns:
+        Layers by their dotted module names.
+    """
     return {name: module for name, module in network.named_modules() if isinstance(module, QuantLayer)}
 
 
@@ -428,6 +435,10 @@ def set_policy(network: nn.Module, policy: Mapping[str, Bits]) -> None:
     weight behind a codebook) require no gradient until they do again; those of an optimizer's that
     is made before are left alone by it meanwhile.
 
+    Args:
+        network: A quantized network; it is changed in place.
+        policy: Pairs of widths (weights, input) by layer; None is float. It must name every quantized layer.
+
     Raises:
         ValueError: Changing nothing, for unknown or missing layers, for bits that mean nothing in a
             layer's scheme, for bits that need calibration data where there were none, and for shares of
@@ -502,7 +513,14 @@ def _check_bits(name: str, layer: QuantLayer, bits: Bits, signed: bool, calibrat
 
 
 def get_policy(network: nn.Module) -> BitPolicy:
-    """Return the bits that a quantized network has now."""
+    """Return the bits that a quantized network has now.
+
+    Args:
+        network: A quantized network.
+
+    Returns:
+        The policy, in the order of the network's modules.
+    """
     return BitPolicy({name: (m.weight_bits, m.activation_bits) for name, m in quant_layers(network).items()})
 
 
@@ -530,15 +548,29 @@ def learned_parameters(network: nn.Module) -> list[nn.Parameter]:
     """Return what the layers' schemes learn beside the weights: steps, offsets, clips, codebooks.
 
     Give them to an optimizer in a group without weight decay, which would pull them to zero.
+
+    Args:
+        network: A quantized network.
+
+    Returns:
+        The parameters, in the order of the layers.
     """
     return [layer.get_parameter(name) for layer in quant_layers(network).values() for name in layer.scheme.learned]
 
 
 def activation_scales(network: nn.Module) -> list[Tensor]:
-    """Return the activation scales of a quantized network, (9,) per layer, now requiring gradients.
+    """Return the activation scales of a quantized network, now requiring gradients.
 
-    Give them to an optimizer and they are learned (LSQ, Esser et al., ICLR 2020). Keep them
-    positive. Raises ValueError, naming the layer, for a scheme that has no such scales.
+    Give them to an optimizer and they are learned (LSQ, Esser et al., ICLR 2020). Keep them positive.
+
+    Args:
+        network: A quantized network.
+
+    Returns:
+        A tensor (9,) for each layer: a scale by width.
+
+    Raises:
+        ValueError: Naming the layer, for a scheme that has no such scales.
     """
     layers = quant_layers(network)
     for name, layer in layers.items():
@@ -553,6 +585,12 @@ def quantizer_state(network: nn.Module) -> dict[str, Tensor]:
     Keys are the layer's name, a dot, and the tensor's; beside the scheme's there are `signed` and
     `calibrated`, and what post-training quantization found (`bias_shift` and others), where it did.
     Residual quantizers have `scale`, `zero_point`, `low` and `high`.
+
+    Args:
+        network: A quantized network.
+
+    Returns:
+        Copies of the tensors, by name.
 
     Raises:
         ValueError: For a network that was quantized for the bits of one policy `alone`.
@@ -582,6 +620,10 @@ def load_quantizer_state(network: nn.Module, state: Mapping[str, Tensor]) -> Non
 
     A state from before there were 16 bits has tensors of 8 rows: so have the layer's then, and
     `set_policy` refuses 16 bits.
+
+    Args:
+        network: A network that was quantized with the same schemes; it is changed in place.
+        state: Tensors by name.
 
     Raises:
         ValueError: Changing nothing, if `state` is of another network or scheme, or says nothing of
@@ -706,6 +748,12 @@ def scheme_records(network: nn.Module) -> dict[str, dict[str, Any]]:
     """Describe the schemes of a quantized network as plain data, by layer: {"name": ..., "options": {...}}.
 
     `schemes_from_records` makes the schemes again.
+
+    Args:
+        network: A quantized network.
+
+    Returns:
+        Name and options of the scheme, by layer.
 
     Raises:
         ValueError: Naming the layer, for a scheme that can't be found again, or doesn't say its

@@ -30,7 +30,14 @@ SHORT = 4  # policies of at most so many layers are shown in full
 
 
 def ends(names: Sequence[str]) -> dict[str, Bits]:
-    """Return the first and the last layer of a network, by name, at END_BITS."""
+    """Return the first and the last layer of a network, by name, at END_BITS.
+
+    Args:
+        names: All layers of the network, in order.
+
+    Returns:
+        Pairs of widths of the two layers; of one layer, one; of none, nothing.
+    """
     if not names:
         return {}
     return {names[0]: END_BITS, names[-1]: END_BITS}
@@ -66,7 +73,14 @@ class BitPolicy(Mapping[str, Bits]):
         return MappingProxyType(self._keep)
 
     def with_keep(self, keep: Mapping[str, float] | None) -> BitPolicy:
-        """Return the same bits with other shares of channels; None or nothing: all channels are kept."""
+        """Return the same bits with other shares of channels.
+
+        Args:
+            keep: Shares in (0, 1], by the group's name; None or nothing: all channels are kept.
+
+        Returns:
+            A new policy.
+        """
         return BitPolicy(self._bits, keep)
 
     @classmethod
@@ -126,7 +140,11 @@ class BitPolicy(Mapping[str, Bits]):
             raise ValueError(f"{source}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the policy as plain data, in the one encoding that every file uses."""
+        """Return the policy as plain data, in the one encoding that every file uses.
+
+        Returns:
+            What JSON can hold: schema, version, layers, and `keep` where channels are pruned.
+        """
         layers = [{"name": name, "weight_bits": w, "activation_bits": a} for name, (w, a) in self.items()]
         if not self._keep:
             return {"schema": SCHEMA, "version": VERSION, "layers": layers}
@@ -134,7 +152,17 @@ class BitPolicy(Mapping[str, Bits]):
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> BitPolicy:
-        """Read a policy. Raises ValueError with the reason if the file is anything but one."""
+        """Read a policy from a file.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The policy.
+
+        Raises:
+            ValueError: With the reason, if the file is anything but a policy.
+        """
         try:
             content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
@@ -144,7 +172,11 @@ class BitPolicy(Mapping[str, Bits]):
         return cls.from_dict(content, str(path))
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy, a line per layer; beside the target first, then renamed over it."""
+        """Write the policy, a line per layer; beside the target first, then renamed over it.
+
+        Args:
+            path: The file.
+        """
         data = self.to_dict()
         layers = ",\n".join(f"    {json.dumps(layer)}" for layer in data["layers"])
         keep = ""
@@ -157,8 +189,16 @@ class BitPolicy(Mapping[str, Bits]):
     def tied(self, groups: Iterable[Iterable[str]]) -> BitPolicy:
         """Give the layers of each group the widest bits of the group; float (None) is wider than 16 bits.
 
-        For layers whose outputs are added, which hardware wants on one grid. Raises ValueError for
-        a layer that the policy doesn't have.
+        Tie layers whose outputs are added, which hardware wants on one grid.
+
+        Args:
+            groups: Names of layers that belong together.
+
+        Returns:
+            A new policy.
+
+        Raises:
+            ValueError: For a layer that the policy doesn't have.
         """
         bits = dict(self._bits)
         for group in groups:

@@ -81,7 +81,11 @@ class ResidualQuantizer(nn.Module):
         self.scale, self.zero_point, self.low, self.high = 1.0, 0, 0, 2**BITS - 1
 
     def set_grid(self, grid: ResidualGrid) -> None:
-        """Quantize to a grid from now on."""
+        """Quantize to a grid from now on.
+
+        Args:
+            grid: Scale, zero point, and the lowest and highest integer.
+        """
         self.scale, self.zero_point, self.low, self.high = grid
         self.calibrated = True
 
@@ -152,7 +156,14 @@ class ResidualQuantizers(nn.ModuleDict):
 
 
 def residual_quantizers(network: nn.Module) -> dict[str, ResidualQuantizer]:
-    """Return the residual quantizers of a network by name, in the order of its modules."""
+    """Return the residual quantizers of a network by name, in the order of its modules.
+
+    Args:
+        network: The network.
+
+    Returns:
+        Quantizers by their dotted module names.
+    """
     return {name: module for name, module in network.named_modules() if isinstance(module, ResidualQuantizer)}
 
 
@@ -238,6 +249,9 @@ def add_residual_quantizers(qnetwork: nn.Module, calibrate: Batches, *, forward:
 def residual_places(network: nn.Module) -> dict[str, Any]:
     """Describe where a network has residual quantizers, as plain data for `insert_residual_quantizers`.
 
+    Args:
+        network: A network with residual quantizers.
+
     Returns:
         By the name of a module: `tensors`, what its code calls the tensors that have one, and
         `arguments`, what it was called with beside tensors.
@@ -269,7 +283,11 @@ def _put_back(network: nn.Module, places: Mapping[str, Any]) -> None:
 
 
 def remove_residual_quantizers(network: nn.Module) -> None:
-    """Turn a network with residual quantizers, in place, into what it was without them."""
+    """Turn a network with residual quantizers, in place, into what it was without them.
+
+    Args:
+        network: The network; one without them stays as it is.
+    """
     for module in list(network.modules()):
         if isinstance(module, _Rewritten):
             del module._modules[KEY]

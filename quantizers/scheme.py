@@ -63,10 +63,21 @@ class SchemeLayer(Protocol):
     activation_error: Tensor
 
     def quantized_weight(self) -> Tensor:
-        """Return the weight as the layer uses it."""
+        """Return the weight as the layer uses it.
+
+        Returns:
+            A tensor in the shape of the weight, on the grid of its bits.
+        """
 
     def offset_of_rounding(self, bits: int) -> Tensor | None:
-        """Return what is added to the weight's integers after rounding to nearest, at a width; None for nothing."""
+        """Return what is added to the weight's integers after rounding to nearest, at a width.
+
+        Args:
+            bits: 1 to 8, or 16.
+
+        Returns:
+            Integers in the shape of the weight; None for nothing.
+        """
 
 
 class IntegerWeights(NamedTuple):
@@ -182,6 +193,9 @@ class Scheme:
         Options that were added later are left out where they have their defaults, so that records
         are what they were.
 
+        Returns:
+            Options by name.
+
         Raises:
             ValueError: For a scheme that isn't a dataclass, but holds something: it needs a method
                 of its own.
@@ -200,6 +214,9 @@ class Scheme:
 
     def record(self) -> dict[str, Any]:
         """Return the name and the options that make this scheme again, as plain data; see `schemes_from_records`.
+
+        Returns:
+            `{"name": ..., "options": {...}}`.
 
         Raises:
             ValueError: For a class without a name of its own, which nobody could find again.
@@ -272,12 +289,15 @@ class Scheme:
         return f"; schemes that can be told more: {', '.join(able)}"
 
     def check(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> None:
-        """Raise ValueError, naming the scheme and the bits, for widths that mean nothing to it.
+        """Check that widths mean something to the scheme.
 
         Args:
             weight_bits: 1..8 or 16, or None for float.
             activation_bits: Likewise.
             signed: Whether the layer's input was ever negative.
+
+        Raises:
+            ValueError: Naming the scheme and the bits, for widths that mean nothing to it.
         """
         for bits in (weight_bits, activation_bits):
             if bits is not None:
@@ -290,11 +310,14 @@ class Scheme:
             raise ValueError(f"{self.name} has no weights of {amount}: use {self._range_of(self.most_weight_bits)}")
 
     def check_widest(self, weight_bits: int | None, activation_bits: int | None) -> None:
-        """Raise ValueError, naming the scheme and the bits, for widths above its widest; whatever `check` lets pass.
+        """Check that widths aren't above the scheme's widest; whatever `check` lets pass.
 
         Args:
             weight_bits: 1..8 or 16, or None for float.
             activation_bits: Likewise.
+
+        Raises:
+            ValueError: Naming the scheme and the bits, for wider ones.
         """
         if weight_bits is not None and weight_bits > self.most_weight_bits:
             raise ValueError(f"{self.name} has no weights of {weight_bits} bits: use {self._range_of(self.most_weight_bits)}")
@@ -309,11 +332,23 @@ class Scheme:
         return f"{few}, or float"
 
     def needs_data_at(self, weight_bits: int | None, activation_bits: int | None) -> bool:
-        """Say whether these widths need calibration data: in most schemes, wherever activations are quantized."""
+        """Say whether these widths need calibration data: in most schemes, wherever activations are quantized.
+
+        Args:
+            weight_bits: 1 to 8 or 16, or None for float.
+            activation_bits: Likewise.
+
+        Returns:
+            Whether calibration is needed.
+        """
         return self.needs_data and activation_bits is not None
 
     def needs_moments(self) -> bool:
-        """Say whether `calibrate` wants the second moments of the layer's patches (`Observer.moments`)."""
+        """Say whether `calibrate` wants the second moments of the layer's patches (`Observer.moments`).
+
+        Returns:
+            False, unless a scheme says otherwise.
+        """
         return False
 
     def start(self, layer: SchemeLayer) -> dict[str, Tensor]:
@@ -322,11 +357,22 @@ class Scheme:
         Row b - 1 of a tensor of MAX_BITS rows is for width b, so that a layer can change its width
         at any time. A scheme that takes 16 bits has one row more for them
         (`quantizers.functional.row_of`), and says so (`most_weight_bits`, `most_activation_bits`).
+
+        Args:
+            layer: The layer, whose weight is in float.
+
+        Returns:
+            Tensors by the names of the layer's attributes that they become.
         """
         raise NotImplementedError
 
     def calibrate(self, layer: SchemeLayer, observer: Observer | None) -> None:
-        """Set the layer's tensors from its weight and from what its input was like (None: nothing is known of it)."""
+        """Set the layer's tensors from its weight and from what its input was like.
+
+        Args:
+            layer: The layer.
+            observer: What calibration saw of its input; None: nothing is known of it.
+        """
         raise NotImplementedError
 
     def weight(self, layer: SchemeLayer, bits: int) -> Tensor:
@@ -338,6 +384,13 @@ class Scheme:
         Without gradients it must depend on nothing but the weight, the tensors that `start` made, the
         scheme's options, and the layer's `training` and `signed`: as long as these stay the same, it
         is computed once.
+
+        Args:
+            layer: The layer.
+            bits: 1 to 8, or 16.
+
+        Returns:
+            A tensor in the shape of the weight.
         """
         raise NotImplementedError
 
@@ -359,23 +412,60 @@ class Scheme:
 
         It is the distance of the input's levels, but for the two of one signed bit, -1 and +1 times
         it.
+
+        Args:
+            layer: The layer.
+            bits: The width of its input.
+
+        Returns:
+            A tensor of one value.
         """
         raise NotImplementedError
 
     def weight_step(self, layer: SchemeLayer, bits: int) -> Tensor:
-        """Return what the integers of a layer's weights are multiplied by: one positive number, or one per channel."""
+        """Return what the integers of a layer's weights are multiplied by.
+
+        Args:
+            layer: The layer.
+            bits: The width of its weights.
+
+        Returns:
+            Positive: one number, or one per output channel.
+        """
         raise NotImplementedError
 
     def has_signed_inputs(self, layer: SchemeLayer, bits: int) -> bool:
-        """Say whether the integers of a layer's input are signed: where calibration saw a negative one."""
+        """Say whether the integers of a layer's input are signed: where calibration saw a negative one.
+
+        Args:
+            layer: The layer.
+            bits: The width of its input.
+
+        Returns:
+            Whether they are.
+        """
         return layer.signed
 
     def zero_point(self, layer: SchemeLayer, bits: int) -> int:
-        """Return the integer that stands for real 0 in a layer's input: 0, in most schemes."""
+        """Return the integer that stands for real 0 in a layer's input: 0, in most schemes.
+
+        Args:
+            layer: The layer.
+            bits: The width of its input.
+
+        Returns:
+            The integer.
+        """
         return 0
 
     def integer_weight_bits(self, bits: int) -> int:
         """Return how many bits the integers of weights of a width take in two's complement.
+
+        Args:
+            bits: The width of weights.
+
+        Returns:
+            Bits of the integers; one more than the width in some schemes.
 
         Raises:
             ValueError: Saying why, if there are no such integers, or none of 8 or 16 bits.
@@ -389,6 +479,12 @@ class Scheme:
 
         Codes times scale is `layer.quantized_weight()` in float32, bit for bit (up to 2^-22 where
         integers take one bit more than the weights have).
+
+        Args:
+            layer: The layer, whose weights aren't in float.
+
+        Returns:
+            Codes in the weight's shape, their scale for each channel, and their bits.
 
         Raises:
             ValueError: With the reason, without the layer's name, where there are no such integers.
@@ -419,6 +515,12 @@ class Scheme:
     def integer_activations(self, layer: SchemeLayer) -> IntegerActivations:
         """Return how a layer's input, at its present width, is integers times a scale, with a zero point.
 
+        Args:
+            layer: The layer, whose input isn't in float.
+
+        Returns:
+            Scale, bits, sign and range of the integers.
+
         Raises:
             ValueError: With the reason, without the layer's name, where it isn't.
         """
@@ -432,15 +534,26 @@ class Scheme:
         return IntegerActivations(scale, bits, signed, self.narrow or not signed)
 
     def quantization_errors(self, layer: SchemeLayer) -> tuple[Tensor, Tensor]:
-        """Return the relative squared errors of a layer's weights and of its input at `WIDTHS`, two tensors (9,).
+        """Return the relative squared errors of a layer's weights and of its input at `WIDTHS`.
 
-        They are of calibration. An input that nothing is known of has 1 everywhere, and so has a
-        width that nothing is known of.
+        They are of calibration. An input that nothing is known of has 1 everywhere, and so has a width that nothing is known
+        of.
+
+        Args:
+            layer: The calibrated layer.
+
+        Returns:
+            The errors of weights and of the input, two tensors (9,).
         """
         return _by_width(layer.weight_error), _by_width(layer.activation_error)
 
     def measure_errors(self, layer: SchemeLayer, observer: Observer | None) -> None:
-        """Set `weight_error` and `activation_error`, for a scheme whose `start` makes no such tensors."""
+        """Set `weight_error` and `activation_error`, for a scheme whose `start` makes no such tensors.
+
+        Args:
+            layer: The layer.
+            observer: What calibration saw of its input; None: nothing, and `activation_error` stays.
+        """
         for bits in WIDTHS:
             if self.takes(bits, None, layer.signed):
                 layer.weight_error[row_of(bits)] = relative_error(layer.weight, self.weight(layer, bits))
@@ -448,7 +561,12 @@ class Scheme:
             self.measure_activation_errors(layer, observer)
 
     def measure_activation_errors(self, layer: SchemeLayer, observer: Observer) -> None:
-        """Set `activation_error`, at the widths that the scheme has for this input, from calibration data."""
+        """Set `activation_error`, at the widths that the scheme has for this input, from calibration data.
+
+        Args:
+            layer: The layer.
+            observer: What calibration saw of its input.
+        """
         sample = observer.sample()
         for bits in WIDTHS:
             if self.takes(None, bits, observer.signed):
@@ -566,7 +684,11 @@ def started(scheme: Scheme, layer: SchemeLayer) -> dict[str, Tensor]:
 
 @contextmanager
 def failing_as(scheme: Scheme, method: str) -> Iterator[None]:
-    """Say whose method it is that fails within; ours, and those that say why themselves, are left alone."""
+    """Say whose method it is that fails within; ours, and those that say why themselves, are left alone.
+
+    Raises:
+        ValueError: Naming the method and the scheme, for whatever else somebody's own raises.
+    """
     try:
         yield
     except ValueError:
@@ -634,12 +756,20 @@ def _twos_complement(bits: int) -> tuple[int, int]:
 
 
 def scheme_names() -> list[str]:
-    """List the names of all schemes that are known or installed; no plug-in is imported."""
+    """List the names of all schemes that are known or installed; no plug-in is imported.
+
+    Returns:
+        The names, our own first.
+    """
     return list(dict.fromkeys([*Scheme.known, *(point.name for point in installed(GROUP))]))
 
 
 def scheme_rows() -> list[PluginRow]:
-    """List all schemes that are known or installed, with where they come from and a line each; no plug-in is imported."""
+    """List all schemes that are known or installed, with where they come from and a line each; no plug-in is imported.
+
+    Returns:
+        A row for each.
+    """
     return rows_of(Scheme.known, GROUP)
 
 

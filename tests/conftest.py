@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -29,6 +30,10 @@ LONG = (
     "study/test_cluster.py",
     "solvers/test_solvers.py",
     "study/test_workers.py",
+    "solvers/test_agents.py",
+    "solvers/test_joint_search.py",
+    "commands/test_prune_and_quantize.py",
+    "deployment/test_pruned_networks.py",
     "commands/test_hostile_runs.py",
     "attacks/test_robustness_assessment.py",
     "commands/test_command_line.py",
@@ -93,10 +98,10 @@ def pictures_once() -> Iterator[None]:
 
     drawn: dict[tuple[str, Q.BitPolicy], bytes] = {}
 
-    def save_picture(problem: haq.Problem, policy: Q.BitPolicy, path: Path) -> None:
-        key = json.dumps(outline(problem)), policy
+    def save_picture(problem: haq.Problem, policy: Q.BitPolicy, path: Path, described: dict[str, Any] | None = None) -> None:
+        key = json.dumps(described or outline(problem)), policy
         if key not in drawn:
-            pictures.save(picture.draw_policy(problem, policy), path)
+            pictures.save(picture.draw_policy(problem, policy, described), path)
             drawn[key] = path.read_bytes()
         files.write(path, drawn[key])
 

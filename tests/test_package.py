@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -35,6 +36,7 @@ FLOORS = {
 }
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Every module that a file imports, anywhere in it."""
     found = set()
@@ -139,10 +141,11 @@ def test_the_distribution() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 
-def test_the_readme_names_commands_that_exist() -> None:
+def test_readme_and_guide_name_commands_that_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    modules = set(re.findall(r"python -m ((?:haq|experiments)\.\w+)", text))
-    commands = set(re.findall(r"(?:^    |`)haq ([a-z]+)", text, re.MULTILINE))
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "guide").glob("*.md"))
+    modules = set(re.findall(r"python -m ((?:haq|experiments)\.\w+)", text + pages))
+    commands = set(re.findall(r"(?:^|`)haq ([a-z]+)", pages, re.MULTILINE))
     assert "haq.search" in modules
     assert {"search", "finetune", "evaluate", "sweep", "runs", "list"} <= commands
     listings = {"networks", "solvers", "schemes", "completion"}

@@ -104,7 +104,12 @@ class EvaluationAttack(abc.ABC):
             )
 
     def __init__(self, name: str, setup: AttackSetup) -> None:
-        """Keep what the attack is called and made for."""
+        """Keep what the attack is called and made for.
+
+        Args:
+            name: What results call it.
+            setup: What it attacks, what the attacker may do, and how hard it may try.
+        """
         self.name = name
         self.setup = setup
 
@@ -123,7 +128,11 @@ class EvaluationAttack(abc.ABC):
 
     @classmethod
     def code(cls) -> str:
-        """Return a hash of the file that the class is from: what the attack finds may depend on all of it."""
+        """Return a hash of the file that the class is from: what the attack finds may depend on all of it.
+
+        Returns:
+            SHA-256 in hexadecimal digits; the module's name for a class that is in no file.
+        """
         try:
             file = inspect.getsourcefile(cls)
         except TypeError:

@@ -80,7 +80,11 @@ class Classifier(nn.Module):
         return self.logits(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return the same, with gradients as they are."""
+        """Return the same, with gradients as they are.
+
+        Raises:
+            ValueError: If the network's outputs are no tensor.
+        """
         if self.requantize:
             x = Q.fake_quantize(x, x.new_tensor(1 / 255), 8, False)
         x = ((x - self.mean) / self.std).contiguous(memory_format=self.memory_format)

@@ -23,6 +23,7 @@ from haq.attacks.base import BLACK, NOISE, WHITE, AttackSetup, EvaluationAttack
 from haq.attacks.classifier import Classifier, TwinnedClassifier
 from haq.attacks.losses import LOGITS, cross_entropy, dlr_loss, temperatures
 from haq.attacks.threat_model import NORMS, ThreatModel
+from hw_models.extras import install_line
 
 try:
     with warnings.catch_warnings():
@@ -33,7 +34,7 @@ try:
         from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
         from pyautoattack.square import SquareAttack
 except ImportError as error:
-    raise ImportError("attacks need foolbox and pyautoattack: pip install 'haq[robustness]'") from error
+    raise ImportError(f"attacks need foolbox and pyautoattack: {install_line('robustness')}") from error
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of logits and labels: a number for each image, (N,)
 ALL: tuple[str, ...] = ("quick", "standard", "full")

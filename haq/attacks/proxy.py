@@ -115,7 +115,15 @@ class ProxyAttack:
         return self._climb(module, loss, inputs, number)
 
     def attacking(self, module: nn.Module, objective: Attackable) -> AttackedNetwork:
-        """Return the network that attacks its own inputs, to be judged by who is given it."""
+        """Return the network that attacks its own inputs, to be judged by who is given it.
+
+        Args:
+            module: The network.
+            objective: Gives the loss that the attack raises.
+
+        Returns:
+            A module that perturbs its inputs before the network sees them.
+        """
         return AttackedNetwork(module, self, objective)
 
     def _climb(self, module: nn.Module, loss: Callable[[Any], Tensor], inputs: Tensor, number: int) -> Tensor:

@@ -118,14 +118,29 @@ class ThreatModel:
         object.__setattr__(self, "eps", eps)
 
     def sizes(self, change: Tensor) -> Tensor:
-        """Return the norm of each image's change, (N,)."""
+        """Return the norm of each image's change, (N,).
+
+        Args:
+            change: What was added to images, shape (N, C, H, W).
+
+        Returns:
+            The largest magnitude of each (linf) or its Euclidean norm (l2), shape (N,).
+        """
         flat = change.flatten(1)
         if self.norm == "linf":
             return flat.abs().amax(1)
         return flat.norm(dim=1)
 
     def within(self, images: Tensor, found: Tensor) -> bool:
-        """Tell whether images that were found are allowed, up to `TOLERANCE`."""
+        """Tell whether images that were found are allowed, up to `TOLERANCE`.
+
+        Args:
+            images: As they were, in [0, 1], shape (N, C, H, W).
+            found: What an attack made of them, same shape.
+
+        Returns:
+            Whether all changes are at most `eps` and all values in [0, 1], both up to `TOLERANCE`.
+        """
         size = self.sizes(found.double() - images.double()).max()
         allowed = size <= self.eps + TOLERANCE and found.min() >= -TOLERANCE and found.max() <= 1 + TOLERANCE
         return bool(allowed)

@@ -12,11 +12,21 @@ from haq.console.errors import run_command
 from haq.console.options import argument, flag, option, output_options
 from haq.console.output import Output
 from haq.console.tables import new_table, plain, say
-from haq.console.values import TEXT, TextType
+from haq.console.values import TextType
 from haq.data import DATASETS
 
 CACHE = "cache"
 NAME = TextType(lambda: ("list", CACHE, *DATASETS.names()))
+
+
+def _network_names() -> tuple[str, ...]:
+    """List the networks that have a name."""
+    from haq import networks
+
+    return networks.NETWORKS.names()
+
+
+NETWORK = TextType(_network_names)
 
 
 @command(
@@ -30,7 +40,13 @@ NAME = TextType(lambda: ("list", CACHE, *DATASETS.names()))
     ),
 )
 @argument("name", NAME, "a data set as `haq data list` shows them, module:Name, list, or cache: decoded images that are kept")
-@option("--network", TEXT, "a network: images are brought to the size of its input, and must suit it", group="Images")
+@option(
+    "--network",
+    NETWORK,
+    "a network: images are brought to the size of its input, and must suit it",
+    group="Images",
+    metavar="NAME",
+)
 @flag("--clear", "with cache: delete the decoded images", group="Images")
 @output_options(json=None)
 def cli(name: str, network: str | None, clear: bool) -> int:

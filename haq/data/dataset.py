@@ -138,7 +138,14 @@ class Split:
         return FEW
 
     def take(self, index: Tensor) -> tuple[Any, Any]:
-        """Return inputs and targets of the samples of these indices, in this order; targets are None where there are none."""
+        """Return inputs and targets of the samples of these indices, in this order.
+
+        Args:
+            index: Integers, shape (count,).
+
+        Returns:
+            Inputs and targets of the samples, put together as one batch; targets are None where there are none.
+        """
         return _pair(self.source.take(index))
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Any, Any]]:
@@ -150,6 +157,9 @@ class Split:
         Args:
             size: Samples of a batch, at most.
             generator: Shuffles.
+
+        Yields:
+            Inputs and targets; targets are None where there are none.
         """
         if isinstance(self.source, Stream):
             for batch in self.source.shuffled(generator):
@@ -161,7 +171,14 @@ class Split:
         yield from map(_pair, self.source.batches(parts_of(order, size)))
 
     def subset(self, index: Tensor) -> Split:
-        """Take the samples of these indices; files stay undecoded."""
+        """Take the samples of these indices; files stay undecoded.
+
+        Args:
+            index: Integers, shape (count,).
+
+        Returns:
+            A split of these samples alone, in this order, with their groups.
+        """
         made = Split(self.source.subset(index))
         if self.groups is not None:
             made.groups = self.groups[index]
@@ -189,6 +206,9 @@ class Dataset:
     """A named data set: its class names and its three disjoint splits.
 
     One without labels has no classes, and UNLABELLED for every label.
+
+    Raises:
+        ValueError: Naming the split, if one is empty, holds what is no data, or isn't like the train split.
     """
 
     name: str
@@ -278,7 +298,11 @@ class Dataset:
             )
 
     def describe(self) -> str:
-        """Describe the splits in one line."""
+        """Describe the splits in one line.
+
+        Returns:
+            Name, origin, classes, sizes of the splits and the seed that made them.
+        """
         by_group = ""
         if self.train.groups is not None:
             count = sum(len(part.groups.unique()) for part in (self.train, self.search, self.test) if part.groups is not None)
@@ -308,6 +332,12 @@ class Dataset:
         """Return indices of `count` train samples, of every class as many, in an order that never changes.
 
         Where classes aren't known without reading all samples, they are drawn from all of them alike.
+
+        Args:
+            count: How many samples.
+
+        Returns:
+            Integers, shape (count,), or fewer where a class has too few samples.
         """
         labels = self.train.source.known_labels
         classes = len(self.classes)
@@ -317,7 +347,11 @@ class Dataset:
         return balanced(labels, 0, -(-count // classes))[:count]
 
     def signature(self) -> str:
-        """Hash the targets of every split and the first search samples: what a resumed run compares."""
+        """Hash the targets of every split and the first search samples: what a resumed run compares.
+
+        Returns:
+            16 hexadecimal digits of SHA-256.
+        """
         digest = hashlib.sha256()
         for split in (self.train, self.search, self.test):
             digest.update(_signed_targets(split))
@@ -573,7 +607,15 @@ def batch_count(count: int, size: int) -> int:
 
 
 def without(count: int, index: Tensor) -> Tensor:
-    """Return the indices 0..count-1 that are not in `index`, ascending."""
+    """Return the indices 0..count-1 that are not in `index`, ascending.
+
+    Args:
+        count: How many indices there are.
+        index: Those to leave out, integers of any shape (n,).
+
+    Returns:
+        The others, ascending, shape (count - n,).
+    """
     keep = torch.ones(count, dtype=torch.bool)
     keep[index] = False
     return keep.nonzero().flatten()

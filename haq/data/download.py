@@ -14,7 +14,11 @@ TRIES = 3
 
 
 def cache_folder() -> Path:
-    """Return where downloaded data sets are kept: $HAQ_DATA, or ~/.cache/haq."""
+    """Return where downloaded data sets are kept: $HAQ_DATA, or ~/.cache/haq.
+
+    Returns:
+        The folder; it need not exist yet.
+    """
     return Path(os.environ.get("HAQ_DATA") or Path.home() / ".cache" / "haq")
 
 

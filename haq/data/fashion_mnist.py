@@ -48,10 +48,17 @@ def embedded() -> Dataset:
 
 
 def fashion_mnist_12k_rows(train_labels: Tensor, test_labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the rows of the full data set that make up `fashion-mnist-12k`: train, search (of its train files), test.
+    """Return the rows of the full data set that make up `fashion-mnist-12k`.
 
-    The search rows lie inside the full data set's search split and the train rows inside its train split, so a
-    network trained on `fashion-mnist` has not seen what `fashion-mnist-12k` searches and tests on.
+    The search rows lie inside the full data set's search split and the train rows inside its train split, so a network
+    trained on `fashion-mnist` has not seen what `fashion-mnist-12k` searches and tests on.
+
+    Args:
+        train_labels: Labels of the 60,000 train images.
+        test_labels: Labels of the 10,000 test images.
+
+    Returns:
+        Row numbers of the train, search and test splits; those of train and search are rows of the train files.
     """
     return balanced(train_labels, 500, 800), balanced(train_labels, 0, 200), balanced(test_labels, 0, 200)
 

@@ -75,7 +75,14 @@ class ImageFiles:
         return torch.from_numpy(values).permute(0, 3, 1, 2)
 
     def subset(self, index: Tensor) -> ImageFiles:
-        """Take the files of these indices."""
+        """Take the files of these indices.
+
+        Args:
+            index: Integers, shape (count,).
+
+        Returns:
+            The same kind of source, of these files in this order; nothing is decoded.
+        """
         numbers = index.tolist()
         places: tuple[int, ...] = ()
         if self.places:
@@ -87,6 +94,9 @@ class ImageFiles:
 
         Args:
             most: How many bytes they may take in memory, all together; otherwise they are kept on disk.
+
+        Returns:
+            The files, with a place for their decoded images.
         """
         decoded = DecodedImages(self.paths, self.size, self.resize, in_memory=self.nbytes <= most)
         return ImageFiles(self.paths, self.size, self.resize, decoded, tuple(range(len(self.paths))))

@@ -64,7 +64,14 @@ def load(
 
 
 def has_any_size(name: str) -> bool:
-    """Say whether the images of a data set can be asked for in any size, so that a network's input decides it."""
+    """Say whether the images of a data set can be asked for in any size, so that a network's input decides it.
+
+    Args:
+        name: The data set's name, as `load` takes it.
+
+    Returns:
+        True for folders of photographs and for a source that takes `image_size`.
+    """
     form, _, path = name.partition(":")
     if form in FOLDERS and path:
         return True
@@ -77,7 +84,12 @@ def has_any_size(name: str) -> bool:
 def fetch(name: str) -> None:
     """Download what a data set needs, checksummed, into `cache_folder()`; nothing is done for what is already there.
 
-    Raises ValueError for an unknown name, FileNotFoundError for what can't be had.
+    Args:
+        name: The data set's name, as `load` takes it.
+
+    Raises:
+        ValueError: For an unknown name.
+        FileNotFoundError: For what can't be had.
     """
     if name.partition(":")[0] in FOLDERS:
         return

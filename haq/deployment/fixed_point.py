@@ -821,6 +821,9 @@ def compare(network: nn.Module, program: Program, fixed: FixedProgram, images: T
 
     Returns:
         As of `interpreter.compare`; own roundings are those that differ from the float program's where both get the same.
+
+    Raises:
+        ValueError: If there are no images.
     """
     plain = images.float().numpy()
     if not len(plain):

@@ -348,6 +348,9 @@ def compare(network: nn.Module, program: Program, images: Tensor) -> Comparison:
 
     Returns:
         What differs, by layer and in the answers.
+
+    Raises:
+        ValueError: If there are no images.
     """
     plain = images.float().numpy()
     if not len(plain):

@@ -23,6 +23,7 @@ from haq.deployment.exporter import AnySamples, Verdict
 from haq.deployment.interpreter import OUTPUT_SHARE
 from haq.deployment.lowering import integer_weights
 from haq.store.files import write
+from hw_models.extras import install_line
 from quantizers.calling import call, count_of, leaves, map_tensors, samples
 
 CHECKED = 4  # samples on which a file is compared before it is put in its place
@@ -95,11 +96,15 @@ def compare_any(network: nn.Module, given: AnySamples, path: Path) -> Verdict:
 
 
 def package(name: str) -> Any:
-    """Import onnx, onnxruntime, onnxscript or qonnx: they are optional, so it is done where they are needed."""
+    """Import onnx, onnxruntime, onnxscript or qonnx: they are optional, so it is done where they are needed.
+
+    Raises:
+        ImportError: With what to install, if it isn't there.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"ONNX files need the package {name.partition('.')[0]}: pip install 'haq[onnx]'") from error
+        raise ImportError(f"ONNX files need the package {name.partition('.')[0]}: {install_line('onnx')}") from error
 
 
 class _Comparison:

@@ -14,6 +14,7 @@ import torch
 from haq.deployment.onnx_any import package
 from haq.deployment.onnx_integers import FLAVOUR
 from haq.deployment.onnx_verify import Array, Runner, read_model
+from hw_models.extras import install_line
 from hw_models.runtimes.openvino import same_signal_stack
 
 # Operators with weights, by whether ONNX Runtime computes them in integers.
@@ -40,7 +41,7 @@ def openvino() -> Any:
     try:
         return importlib.import_module("openvino")
     except ImportError as error:
-        raise ImportError("files for OpenVINO are run by the package openvino: pip install 'haq[runtimes]'") from error
+        raise ImportError(f"files for OpenVINO are run by the package openvino: {install_line('runtimes')}") from error
 
 
 def _session(model: bytes, optimized: Path | None = None) -> Any:

@@ -45,7 +45,14 @@ def _lacking(thing: Any) -> str:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Split NAME@PATH into its two parts, at the first @; the first is empty for any other name, such as a path with an @."""
+    """Split NAME@PATH into its two parts, at the first @.
+
+    Args:
+        name: The name of a network, or a path, which may have an @ itself.
+
+    Returns:
+        Name and path; for anything but NAME@PATH an empty text, and the name as it is.
+    """
     base, _, path = name.partition("@")
     if not path or "/" in base or is_file(Path(name)):
         return "", name
@@ -53,7 +60,16 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def is_file(path: Path) -> bool:
-    """Say whether there is a file, or what is no ordinary one and will be refused; a folder may be called like a network."""
+    """Say whether there is a file, or what is no ordinary one and will be refused.
+
+    A folder may be called like a network, and doesn't count.
+
+    Args:
+        path: The path.
+
+    Returns:
+        False also for a path that is too long to exist.
+    """
     try:
         return path.exists() and not path.is_dir()
     except OSError:  # too long a name

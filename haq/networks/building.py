@@ -15,6 +15,7 @@ from haq.networks import NETWORKS, pytorchcv, timm, torchvision
 from haq.networks.network import Network
 from haq.networks.zoo import LIBRARIES
 from hw_models import trust
+from hw_models.extras import install_line
 
 _MODULES = {"timm": timm, "torchvision": torchvision, "pytorchcv": pytorchcv}
 
@@ -152,6 +153,6 @@ def _unknown(name: str) -> ValueError:
         absent = [library for library in LIBRARIES if not names_of(library)]
         hint = ""
         if absent:
-            hint = f"; not installed: {', '.join(absent)} (pip install 'haq[zoo]')"
+            hint = f"; not installed: {', '.join(absent)} ({install_line('zoo')})"
         return ValueError(f"{error}{hint}")
     raise AssertionError(name)

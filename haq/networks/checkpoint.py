@@ -228,7 +228,14 @@ def _plain(value: object) -> str | None:
 
 
 def holds_quantized(path: Path) -> bool:
-    """Say whether a file holds a quantized network, of whatever version. Its tensors are not read."""
+    """Say whether a file holds a quantized network, of whatever version.
+
+    Args:
+        path: The file; only its header is read.
+
+    Returns:
+        False for anything but safetensors.
+    """
     if path.suffix != ".safetensors":
         return False
     notes = read_header(path).notes
@@ -238,7 +245,14 @@ def holds_quantized(path: Path) -> bool:
 def load_checkpoint(path: Path) -> Network:
     """Build the float network of a checkpoint again; of a quantized one, the network before it was quantized.
 
-    Raises ValueError with the reason if the file is truncated, holds code, or doesn't say which network it is of.
+    Args:
+        path: The file.
+
+    Returns:
+        The network, with the weights of the file.
+
+    Raises:
+        ValueError: With the reason, if the file is truncated, holds code, or doesn't say which network it is of.
     """
     header = _header_of_any(path)
     if not re.fullmatch(r"haq-(checkpoint|network|quantized)-[0-9]+", header.notes.get("format", "")):
@@ -375,7 +389,15 @@ def float_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def read_header(path: Path) -> Header:
     """Read what a safetensors file says of itself, without its tensors.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is truncated or of another kind.
+    Args:
+        path: The file.
+
+    Returns:
+        Its notes, and the shape of every tensor.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is truncated or of another kind.
     """
     _check_there(path)
     try:
@@ -390,7 +412,15 @@ def read_header(path: Path) -> Header:
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a checkpoint's tensors and header, from safetensors or a torch file, without running anything in it.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is truncated, of another kind, or holds code.
+    Args:
+        path: The file.
+
+    Returns:
+        Tensors by name, and the notes of the header; a torch file has none.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is truncated, of another kind, or holds code.
     """
     _check_there(path)
     if path.suffix != ".safetensors":

@@ -75,7 +75,14 @@ def name_of_checkpoint(network: str, path: Path) -> str:
 
 
 def path_of_checkpoint(name: str) -> Path | None:
-    """Return the file of a name that is PATH or NAME@PATH; None for one of a network without a file, or if there is none."""
+    """Return the file of a name that is PATH or NAME@PATH.
+
+    Args:
+        name: The name of a network, as `load` takes it.
+
+    Returns:
+        The path; None for a network without a file, or if there is none.
+    """
     path = Path(split_name(name)[1])
     if path.is_file():
         return path

@@ -49,7 +49,14 @@ class Network:
         return device_of(self.module)
 
     def to(self, device: torch.device | str) -> Network:
-        """Move the module to a device, in place; returns the network."""
+        """Move the module to a device, in place.
+
+        Args:
+            device: As torch names it, such as "cuda:0".
+
+        Returns:
+            The network itself.
+        """
         self.module.to(device)
         return self
 
@@ -144,7 +151,11 @@ class Network:
             )
 
     def signature(self) -> str:
-        """Hash every parameter and buffer: what a resumed run compares."""
+        """Hash every parameter and buffer: what a resumed run compares.
+
+        Returns:
+            16 hexadecimal digits of SHA-256.
+        """
         digest = hashlib.sha256()
         for key, tensor in sorted(self.module.state_dict().items()):
             digest.update(key.encode())
@@ -152,7 +163,11 @@ class Network:
         return digest.hexdigest()[:16]
 
     def ordered(self) -> Network:
-        """Put the network in evaluation mode, its weights in the order that convolutions are fastest in, if that works."""
+        """Put the network in evaluation mode, its weights in the order that convolutions are fastest in, if that works.
+
+        Returns:
+            The same module, and how it lays tensors out.
+        """
         network = self
         for memory_format in (torch.channels_last, torch.contiguous_format):
             network = replace(self, memory_format=memory_format)
@@ -179,7 +194,17 @@ def _as_float32(tensor: Tensor) -> Tensor:
 
 
 def answer_to_zeros(network: Network) -> Any:
-    """Return what a network answers to an image of zeros. Raises ValueError if it fails on images of its input's size."""
+    """Return what a network answers to an image of zeros.
+
+    Args:
+        network: The network.
+
+    Returns:
+        Its outputs for a batch of one, of whatever structure they are.
+
+    Raises:
+        ValueError: If it doesn't say what size it takes, or fails on images of that size.
+    """
     if not network.input_shape:
         raise ValueError(
             f"{network.name} doesn't say what it takes: set module.input_shape = (channels, height, width), or return a "
@@ -200,7 +225,14 @@ def answer_to_zeros(network: Network) -> Any:
 def output_count(network: Network) -> int:
     """Count the classes that a network tells apart, by one forward pass of zeros.
 
-    Raises ValueError for a network that doesn't return class scores of shape (batch, classes).
+    Args:
+        network: The network.
+
+    Returns:
+        The number of its class scores.
+
+    Raises:
+        ValueError: For a network that doesn't return class scores of shape (batch, classes).
     """
     output = answer_to_zeros(network)
     if not isinstance(output, Tensor) or output.dim() != 2:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hw_models.extras import install_line
+
 LIBRARIES = ("timm", "torchvision", "pytorchcv")
 _DECLARED: list[torch.library.Library] = []  # a declaration lives as long as its Library object
 
@@ -18,12 +20,19 @@ _DECLARED: list[torch.library.Library] = []  # a declaration lives as long as it
 def import_zoo(module: str) -> Any:
     """Import a module of the zoo extra, on torch builds without torchvision's compiled operators as well.
 
-    Raises ImportError, with what to install, if it isn't there.
+    Args:
+        module: Its name, such as "timm".
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: With what to install, if it isn't there.
     """
     try:
         return import_declared(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed: pip install 'haq[zoo]'") from error
+        raise ImportError(f"{error.name} is not installed: {install_line('zoo')}") from error
 
 
 def import_declared(module: str) -> Any:

@@ -22,7 +22,15 @@ SURE = 2.0  # standard errors
 
 
 def standard_error(accuracy: float, count: int) -> float:
-    """Return the standard error of a share of `count` images, as a share itself."""
+    """Return the standard error of a share: sqrt(p (1 - p) / n).
+
+    Args:
+        accuracy: The share p, 0 to 1.
+        count: How many samples n it was measured on.
+
+    Returns:
+        The error, a share itself.
+    """
     return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / count)
 
 

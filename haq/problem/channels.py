@@ -425,7 +425,14 @@ class ChannelProblem(Problem):
         return self.evaluator.ranking
 
     def keep_of(self, numbers: Iterable[int]) -> dict[str, float]:
-        """Return what policies call `keep` for an option of every channel decision; those that keep all are left out."""
+        """Return what policies call `keep` for an option of every channel decision.
+
+        Args:
+            numbers: The number of an option for each channel decision, in order.
+
+        Returns:
+            Shares of channels, by the group's name; groups that keep all are left out.
+        """
         found = {}
         for decision, number in zip(self._options, numbers, strict=True):
             share = float(decision.shares[number])
@@ -434,7 +441,13 @@ class ChannelProblem(Problem):
         return found
 
     def numbers_of(self, keep: Shares) -> Numbers:
-        """Return the option of every channel decision, shape (channel decisions,), for what a policy keeps.
+        """Return the option of every channel decision for what a policy keeps.
+
+        Args:
+            keep: Shares of channels, by the group's name; a group that isn't named keeps all.
+
+        Returns:
+            Numbers of options, shape (channel decisions,).
 
         Raises:
             NotAllowed: A ValueError, naming it, for a group that can't be pruned or a share that isn't among the options.
@@ -512,7 +525,14 @@ class ChannelProblem(Problem):
         return peak_activation_bytes(self._shapes.workload, a_bits, batch=self.table.batch, elements=elements)
 
     def within(self, totals: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Tell which of what `totals` returned keep all limits, but for rounding, shape (policies,)."""
+        """Tell which policies keep all limits, but for rounding.
+
+        Args:
+            totals: What `totals` returned: costs, shape (policies, limits), in the units of their metrics.
+
+        Returns:
+            Booleans, shape (policies,).
+        """
         kept = np.ones(len(totals), bool)
         for column, limit in zip(totals.T, self.limits, strict=True):
             kept &= np.array([limit.holds(cost) for cost in column], bool)
@@ -591,12 +611,29 @@ class ChannelProblem(Problem):
         return made.eval()
 
     def pruned(self, keep: Shares) -> nn.Module:
-        """Make the smaller float network that policies with these channels are quantized from, with new norms' statistics."""
+        """Make the smaller float network that policies with these channels are quantized from, with new norms' statistics.
+
+        Args:
+            keep: Shares of channels, by the group's name.
+
+        Returns:
+            A copy of the float network without the other channels.
+
+        Raises:
+            NotAllowed: A ValueError, naming it, for a group that can't be pruned or a share that isn't among the options.
+        """
         self.numbers_of(keep)
         return self.evaluator.pruned(keep)
 
     def kept_channels(self, keep: Shares) -> dict[str, tuple[int, ...]]:
-        """Return the numbers of the channels that are kept, by group, as the criterion chooses them."""
+        """Return the numbers of the channels that are kept, as the criterion chooses them.
+
+        Args:
+            keep: Shares of channels, by the group's name.
+
+        Returns:
+            Numbers of channels, ascending, by the group's name.
+        """
         self.numbers_of(keep)
         return self.evaluator.kept(keep)
 
@@ -660,7 +697,14 @@ class ChannelProblem(Problem):
         return made
 
     def channel_words(self, keep: Shares) -> dict[str, str]:
-        """Say for tables, by layer, how many of its output channels are kept: {"features.0": "16 of 32"}; all layers."""
+        """Say for tables how many of its output channels each layer keeps.
+
+        Args:
+            keep: Shares of channels, by the group's name.
+
+        Returns:
+            Words such as "16 of 32", by the layer's name; all layers.
+        """
         counts = self._counts(self.numbers_of(keep)[None])[0]
         words = {}
         for whole, layer in zip(self._shapes.workload.layers, self._shapes.layers(counts), strict=True):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from haq.networks.zoo import import_declared
 from haq.problem.distribution import Bernoulli, Categorical, Distribution, Gaussian, main_output
 from haq.problem.objective import MetricObjective, Objective, ValueObjective, described
+from hw_models.extras import install_line
 from quantizers.calling import leaves
 
 if TYPE_CHECKING:
@@ -334,7 +335,7 @@ class MeanAP(MetricObjective):
             made = metrics.MeanAveragePrecision(**self.options)
         except ModuleNotFoundError as error:
             raise ImportError(
-                f"objective {self.name!r} needs pycocotools and torchvision: pip install 'haq[detection]'"
+                f"objective {self.name!r} needs pycocotools and torchvision: {install_line('detection')}"
             ) from error
         made.warn_on_many_detections = False
         return made

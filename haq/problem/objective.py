@@ -126,7 +126,14 @@ class Objective:
 
     @classmethod
     def check_labels(cls, dataset: Dataset) -> None:
-        """Raise ValueError if labels are needed and a data set has none."""
+        """Check that a data set has the labels that the objective needs.
+
+        Args:
+            dataset: The data set.
+
+        Raises:
+            ValueError: If labels are needed and the data set has none.
+        """
         check_targets(cls, dataset)
 
     def more_inputs(self, network: nn.Module, inputs: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, ...]:
@@ -169,6 +176,9 @@ class Objective:
         Args:
             inputs: Of the batch.
             targets: As the batch has them; None where it has none.
+
+        Returns:
+            Targets, in the shape that `correct` and `loss` take.
         """
         return targets
 
@@ -256,7 +266,14 @@ class Objective:
         return self.signed(-math.inf)
 
     def signed(self, value: float) -> float:
-        """Return a number that is larger for a better value; and back, a value for such a number."""
+        """Return a number that is larger for a better value; and back, a value for such a number.
+
+        Args:
+            value: A value of the objective, or such a number.
+
+        Returns:
+            The value, negated where lower is better.
+        """
         if self.higher_is_better:
             return value
         return -value
@@ -264,7 +281,14 @@ class Objective:
     def read(self, outputs: Any) -> Any:
         """Return what the objective looks at of a network's outputs: the class scores.
 
-        Raises ValueError for outputs that have none.
+        Args:
+            outputs: What the network returned, of whatever structure.
+
+        Returns:
+            Scores, shape (samples, classes).
+
+        Raises:
+            ValueError: For outputs that have none.
         """
         from haq.problem.distribution import main_output
 
@@ -818,7 +842,11 @@ def _told(objective: BlackBox, network: nn.Module, split: str) -> float:
 
 @contextmanager
 def named(objective: Objective, method: str) -> Iterator[None]:
-    """Say whose method it is that fails within; ours, and those that say why themselves, are left alone."""
+    """Say whose method it is that fails within; ours, and those that say why themselves, are left alone.
+
+    Raises:
+        ValueError: Naming the method and the objective, for whatever else somebody's own raises.
+    """
     try:
         yield
     except (Exception, SystemExit) as error:

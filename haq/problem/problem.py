@@ -231,6 +231,7 @@ class Problem:
         Raises:
             OutOfReach: A ValueError, for a budget out of reach, naming the reachable range.
             ValueError: For whatever can't be, such as a width that means nothing in a scheme; before anything is computed.
+            TypeError: For an argument of another kind, such as a `forward` that can't be called.
         """
         check_arguments(network, target, metric, bits, pinned)
         check_quantization(correction, rounding)
@@ -713,7 +714,15 @@ class Problem:
         return "samples"
 
     def count_words(self, before: str, split: str = "") -> str:
-        """Say on how many samples policies are judged, with words before and their split; nothing if there are none."""
+        """Say on how many samples policies are judged.
+
+        Args:
+            before: Words that stand before the count.
+            split: The split's name, which stands before what samples are called.
+
+        Returns:
+            Such as "on 2,000 search images"; empty if policies aren't judged on samples.
+        """
         if not self.evaluator.count:
             return ""
         return f"{before}{self.evaluator.count:,} {split}{self.samples_are}"
@@ -734,6 +743,9 @@ class Problem:
         Args:
             bits: The width, float being 32.
             keep_pinned: Whether pinned layers keep their own.
+
+        Returns:
+            The policy; it may have widths that the target can't do.
         """
         pairs: dict[str, tuple[int | None, int | None]] = dict.fromkeys(self.workload.names, (_policy_width(bits),) * 2)
         if keep_pinned:
@@ -741,19 +753,47 @@ class Problem:
         return Q.BitPolicy(pairs)
 
     def policy(self, w_bits: Iterable[int], a_bits: Iterable[int]) -> Q.BitPolicy:
-        """Make a policy of two sequences of widths in the order of the workload, float being 32."""
+        """Make a policy of widths in the order of the workload, float being 32.
+
+        Args:
+            w_bits: The widths of weights, one for each layer.
+            a_bits: Those of inputs.
+
+        Returns:
+            The policy.
+
+        Raises:
+            ValueError: If there are more or fewer widths than layers.
+        """
         pairs = zip(self.workload.names, w_bits, a_bits, strict=True)
         return Q.BitPolicy({name: (_policy_width(w), _policy_width(a)) for name, w, a in pairs})
 
     def decide(self, pairs: Iterable[Iterable[int]]) -> Q.BitPolicy:
-        """Make a policy of one pair of widths for each of the decisions."""
+        """Make a policy of one pair of widths for each of the decisions.
+
+        Args:
+            pairs: For each decision the widths of weights and inputs, float being 32.
+
+        Returns:
+            The policy; layers of one decision have the same pair.
+        """
         bits = np.empty((len(self.workload), 2), int)
         for group, pair in zip(self.groups, pairs, strict=True):
             bits[list(group)] = tuple(pair)
         return self.policy(*bits.T)
 
     def bit_arrays(self, policy: Mapping[str, tuple[int | None, int | None]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the widths of weights and activations of a policy, in the order of the workload; float is 32."""
+        """Return the widths of a policy in the order of the workload; float is 32.
+
+        Args:
+            policy: Pairs of widths by layer; None is float.
+
+        Returns:
+            The widths of weights and of inputs, two arrays of shape (layers,).
+
+        Raises:
+            ValueError: If the policy lacks a layer, naming it.
+        """
         if missing := [name for name in self.workload.names if name not in policy]:
             raise ValueError(f"the policy has no layer {missing[0]!r}: it must have all of the workload's")
         pairs = np.array([[bits or FLOAT for bits in policy[name]] for name in self.workload.names])
@@ -765,14 +805,28 @@ class Problem:
         return np.arange(len(w)), places(w), places(a)
 
     def policy_cost(self, policy: Mapping[str, tuple[int | None, int | None]]) -> float:
-        """Return the cost of a policy in the metric's unit; infinity if the target can't do it."""
+        """Return the cost of a policy by the main metric.
+
+        Args:
+            policy: Pairs of widths by layer; None is float.
+
+        Returns:
+            The cost in the metric's unit (s, J, bytes ...); infinity if the target can't do it.
+        """
         cells = self._cells(policy)
         if not self.table.supported[cells].all():
             return math.inf  # it can be evaluated, as sensitivities need it, and is in no budget
         return float(self.cost[cells].sum())
 
     def costs(self, policy: Mapping[str, tuple[int | None, int | None]]) -> dict[str, float]:
-        """Return what a policy costs by every metric that is limited, main one first; infinity if the target can't do it."""
+        """Return what a policy costs by every metric that is limited, the main one first.
+
+        Args:
+            policy: Pairs of widths by layer; None is float.
+
+        Returns:
+            Costs in the metrics' units, by metric; infinity if the target can't do it.
+        """
         main = self.policy_cost(policy)
         found = {self.metric: main}
         w, a = self.bit_arrays(policy)
@@ -783,12 +837,26 @@ class Problem:
         return found
 
     def holds(self, policy: Mapping[str, tuple[int | None, int | None]]) -> bool:
-        """Say whether a policy keeps all budgets, but for rounding."""
+        """Say whether a policy keeps all budgets, but for rounding.
+
+        Args:
+            policy: Pairs of widths by layer; None is float.
+
+        Returns:
+            False also if the target can't do the policy.
+        """
         costs = self.costs(policy)
         return all(limit.holds(costs[limit.metric]) for limit in self.limits)
 
     def fits(self, chosen: Iterable[int]) -> bool:
-        """Say whether the policy of an option for each decision keeps all budgets."""
+        """Say whether the policy of an option for each decision keeps all budgets.
+
+        Args:
+            chosen: The number of an option for each decision, in order.
+
+        Returns:
+            Whether no limit is exceeded, but for rounding.
+        """
         options = list(zip(self.decisions, chosen, strict=True))
         if not self.within_budget(sum(float(decision.prices[pick]) for decision, pick in options)):
             return False
@@ -818,11 +886,25 @@ class Problem:
         return made
 
     def meets(self, evaluation: Evaluation) -> bool:
-        """Say whether a policy that was evaluated is good enough for the goal."""
+        """Say whether a policy that was evaluated is good enough for the goal.
+
+        Args:
+            evaluation: What the policy was measured to give, on the search split.
+
+        Returns:
+            True where the goal has no such threshold.
+        """
         return self.goal.is_met(self.objective, evaluation.value, self.float_result.value)
 
     def means_something(self, policy: Mapping[str, tuple[int | None, int | None]]) -> bool:
-        """Say whether every layer's bits have a meaning in its scheme, and can be done by the target."""
+        """Say whether every layer's bits have a meaning in its scheme, and can be done by the target.
+
+        Args:
+            policy: Pairs of widths by layer; None is float.
+
+        Returns:
+            Whether it can be evaluated, whatever it costs.
+        """
         return bool((self._meaningful & self.table.supported)[self._cells(policy)].all())
 
     def check_policy(self, policy: object) -> None:
@@ -854,7 +936,14 @@ class Problem:
                     )
 
     def allows(self, policy: object) -> bool:
-        """Say whether a policy is one of this problem's, whatever it costs; see `check_policy`."""
+        """Say whether a policy is one of this problem's, whatever it costs; see `check_policy`.
+
+        Args:
+            policy: Anything.
+
+        Returns:
+            Whether `check_policy` accepts it.
+        """
         try:
             self.check_policy(policy)
         except NotAllowed:
@@ -882,17 +971,36 @@ class Problem:
         return f"widths {self.widths.words}"
 
     def within_budget(self, cost: float) -> bool:
-        """Say whether a cost by the main metric is within its budget, but for rounding; see `holds` for all budgets."""
+        """Say whether a cost by the main metric is within its budget, but for rounding; see `holds` for all budgets.
+
+        Args:
+            cost: In the main metric's unit.
+
+        Returns:
+            True where nothing limits that metric.
+        """
         return self.limits[0].holds(cost)
 
     def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
-        """Say which policies will be evaluated, and what they are to beat, so that a pool of workers can begin."""
+        """Say which policies will be evaluated, and what they are to beat, so that a pool of workers can begin.
+
+        Args:
+            policies: Those that are evaluated next, in this order.
+            beat: The value that they must reach to be worth a whole evaluation, as in `evaluate`.
+        """
         self.evaluator.expect(policies, beat)
 
     def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Evaluation:
-        """Tell the objective's value (`accuracy`) and the loss of a policy on the search samples.
+        """Evaluate a policy on the search samples.
 
         Given a value to `beat`, it ends once a part of the samples tells that the policy is worse (`Evaluator.race`).
+
+        Args:
+            policy: The policy.
+            beat: A value of the objective; None: all samples are looked at.
+
+        Returns:
+            The objective's value (`accuracy`) and the loss, with how many samples they are of.
         """
         if beat is None:
             return self.evaluator.evaluate(policy)
@@ -935,7 +1043,14 @@ class Problem:
         return error_of_difference(self.evaluator.by_sample(policy), self.evaluator.by_sample(other))
 
     def quantized(self, policy: Q.BitPolicy) -> nn.Module:
-        """Make a copy of the calibrated quantized network, at the bits of a policy, that can be trained."""
+        """Make a copy of the calibrated quantized network, at the bits of a policy, that can be trained.
+
+        Args:
+            policy: The policy.
+
+        Returns:
+            The copy, in evaluation mode; parameters that don't train in the float network don't here.
+        """
         made = Q.copy_network(self.evaluator.network)
         floats = dict(self.network.named_parameters())
         for name, parameter in made.named_parameters():
@@ -1109,6 +1224,8 @@ class Problem:
         if metric == self.metric:
             return self.reach + self._because_pinned(amount) + self._unit_words(metric, amount, reference)
         low, high = describe_amount(smallest, metric, UP), describe_amount(largest, metric, DOWN)
+        if largest == smallest:
+            high = low
         fraction = np.ceil(1000 * smallest / reference) / 1000
         return f"on {self.target.name}, {metric} can be from {low} ({fraction:.3f} of {self.reference_words}) to {high}"
 

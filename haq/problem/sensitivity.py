@@ -57,6 +57,9 @@ class Sensitivities:
         What isn't known is scaled from the nearest width that is, or from the other layers, by the quantization error found
         in calibration. More bits are never taken to be worse.
 
+        Args:
+            problem: The problem, whose decisions are the rows.
+
         Returns:
             Nats, shape (decisions, 10, 10).
         """
@@ -100,7 +103,11 @@ class Sensitivities:
             )
 
     def to_json(self, path: Path) -> None:
-        """Write a file, beside and renamed."""
+        """Write a file, beside and renamed.
+
+        Args:
+            path: The file.
+        """
         # What nobody can choose is left out.
         known = PLACES
         if self.bits[1] <= BITS:
@@ -122,7 +129,18 @@ class Sensitivities:
 
     @classmethod
     def from_json(cls, path: Path) -> Sensitivities:
-        """Read a file. Raises FileNotFoundError, or ValueError with the reason if it isn't one of sensitivities."""
+        """Read a file that `to_json` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The sensitivities.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: With the reason, if it isn't one of sensitivities.
+        """
         record = SensitivityRecord.read(path)
         try:
             kind = check_kind(record.kind)

@@ -173,6 +173,9 @@ def draw(generator: np.random.Generator) -> Drawn:
 
     Returns:
         The problem.
+
+    Raises:
+        RuntimeError: If many problems in a row have nothing to decide.
     """
     for _ in range(TRIES):
         workload = draw_workload(generator)

@@ -75,7 +75,11 @@ class GivenTarget:
         return f"the costs of {self.name} that a file tells"
 
     def cost_table(self, workload: hw_models.Workload, *, batch: int | None = None) -> CostTable:
-        """Return the file's costs, which are of its own layers and one batch."""
+        """Return the file's costs, which are of its own layers and one batch.
+
+        Raises:
+            ValueError: For other layers or another batch than the file's.
+        """
         if workload != self.table.workload or batch not in (None, self.table.batch):
             raise ValueError(f"the costs of {self.name} are those of a file, for its own layers and batch")
         return self.table
@@ -279,17 +283,29 @@ class TabularProblem(Problem):
 
     @property
     def network(self) -> NoReturn:  # type: ignore[override]
-        """Refuse to give the network, which isn't there. Raises ValueError."""
+        """Refuse to give the network, which isn't there.
+
+        Raises:
+            ValueError: Always.
+        """
         raise no_network(self.file.name)
 
     @property
     def calibration(self) -> NoReturn:  # type: ignore[override]
-        """Refuse to give the calibration images, which aren't there. Raises ValueError."""
+        """Refuse to give the calibration images, which aren't there.
+
+        Raises:
+            ValueError: Always.
+        """
         raise no_network(self.file.name)
 
     @property
     def forward(self) -> NoReturn:  # type: ignore[override]
-        """Refuse to tell how outputs are computed. Raises ValueError."""
+        """Refuse to tell how outputs are computed.
+
+        Raises:
+            ValueError: Always.
+        """
         raise no_network(self.file.name)
 
     def quantized(self, policy: Q.BitPolicy) -> NoReturn:
@@ -332,6 +348,12 @@ class TabularProblem(Problem):
 
     def test(self, policy: Q.BitPolicy) -> Evaluation:
         """Tell what a policy that can be chosen gives on the test images.
+
+        Args:
+            policy: The policy.
+
+        Returns:
+            Its accuracy and loss, as the table has them.
 
         Raises:
             ValueError: Naming it, for a policy that the table doesn't know.

@@ -72,7 +72,14 @@ class Evaluation(NamedTuple):
         return -self.accuracy
 
     def together(self, other: Evaluation) -> Evaluation:
-        """Return what a policy is worth on these samples and others: means weighted by how many they are."""
+        """Return what a policy is worth on these samples and others: means weighted by how many they are.
+
+        Args:
+            other: What the same policy is worth on other samples.
+
+        Returns:
+            The evaluation on all of them.
+        """
         count = self.images + other.images
 
         def mean(one: float, another: float) -> float:
@@ -162,6 +169,9 @@ class ScoreTally:
             targets: The labels.
             expected: Plays no part: scores are kept, and held against all of the teacher's in the end.
             count: The number of samples.
+
+        Raises:
+            NotFinite: If a score is no number.
         """
         outputs = tuple(part.cpu() for part in outputs)
         if any(bool(part.isnan().any()) for part in outputs):
@@ -220,6 +230,10 @@ class ValueTally:
             targets: Likewise.
             expected: Likewise.
             count: Likewise.
+
+        Raises:
+            NotFinite: If an output is no number.
+            ValueError: If an objective's `values` returns None.
         """
         objective = self.objective
         for leaf in leaves(outputs):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,7 @@ from haq.store.records import (
     PolicyRecord,
     ProblemRecord,
     RobustnessRecord,
+    SweepFound,
     SweepTarget,
 )
 from haq.store.units import PERCENT, describe_amount, metric_words
@@ -29,10 +33,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 130
-COLORS = ("#3b6fb6", "#d9822b", "#4c9a5b", "#a3489b", "#b64040", "#7a6a2f", "#2f7a78", "#5a5ad0")
-WEIGHTS, ACTIVATIONS = COLORS[0], COLORS[1]
-BEFORE, AFTER, KEPT = "#cccccc", COLORS[2], COLORS[3]
+# Colours that the colour-blind can tell apart (Okabe and Ito, "Color Universal Design", 2008). In grey, marks and lines tell.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7a6a2f")
+MARKS = ("o", "s", "^", "D", "v", "P", "<", ">")
+LINES = ("-", "--", "-.", ":")
+WEIGHTS, ACTIVATIONS = "#0072b2", "#e69f00"
+BEFORE, AFTER, KEPT = "#cccccc", "#009e73", "#aa5f88"
 MANY = 40  # layers from which on their names are written small
+WIDEST = 120.0  # inches
+LONGEST_NAME = 40  # characters of a layer's name; of a longer one the end tells more
+LETTER = 0.083  # inches that a letter of a title takes
 
 
 def draw_policy(problem: ProblemRecord, policy: PolicyRecord, channels: ChannelsRecord | None = None) -> Figure:
@@ -51,13 +61,15 @@ def draw_policy(problem: ProblemRecord, policy: PolicyRecord, channels: Channels
     Raises:
         ValueError: If the policy is of other layers, or has widths that the target can't do.
     """
-    width = max(7.0, 0.42 * len(problem.layers) + 2)
+    width = min(max(7.0, 0.42 * len(problem.layers) + 2), WIDEST)
+    names = [_short(layer.name) for layer in problem.layers]
+    for_names = 0.07 * max(map(len, names))
     if channels is None:
-        figure = _figure(width, 6.2)
+        figure = _figure(width, 5.4 + for_names)
         bits, share = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
         panels = [bits, share]
     else:
-        figure = _figure(width, 7.6)
+        figure = _figure(width, 7.0 + for_names)
         panels = list(figure.subplots(3, 1, sharex=True, height_ratios=[2, 0.9, 1]))
         bits, _, share = panels
     widths = _widths(problem, policy)
@@ -77,25 +89,44 @@ def draw_policy(problem: ProblemRecord, policy: PolicyRecord, channels: Channels
     below = [-height for height in reversed(marks)]
     bits.set_yticks([*below, 0, *marks], [*reversed(marks.values()), "0", *marks.values()])
     bits.set_ylabel("activations      bits      weights")
-    bits.legend(loc="upper center", ncols=2, fontsize=8, frameon=False, bbox_to_anchor=(0.5, 1.1))
+    _legend_above(bits)
     before = _costs(problem, problem.before)
     after = _costs(problem, widths)
     if channels is not None:
         after = _costs_of_smaller(problem, channels)
         _draw_channels(panels[1], channels, number_size)
-    bits.set_title(_title(problem, sum(after)), fontsize=10, pad=22)
+    figure.suptitle(_wrapped(_title(problem, sum(after)), width), fontsize=10)
     share.bar(x, [100 * cost / problem.uniform8 for cost in before], 0.8, color=BEFORE, label=_at_before(problem))
-    share.bar(x, [100 * cost / problem.uniform8 for cost in after], 0.8, color=AFTER, label=_with_these(channels))
+    # Narrower, so that both are seen where the policy takes more than what it is held against.
+    share.bar(x, [100 * cost / problem.uniform8 for cost in after], 0.5, color=AFTER, label=_with_these(channels))
     of_what = "8-bit network"
     if problem.reference != UNIFORM_8:
         of_what = "reference"
     share.set_ylabel(f"{metric_words(problem.metric)}, % of the\n{of_what} ({problem.cost_kind})", fontsize=9)
-    share.legend(fontsize=8, frameon=False)
-    share.set_xticks(x, [layer.name for layer in problem.layers], rotation=90, fontsize=name_size)
+    _legend_above(share)
+    share.set_xticks(x, names, rotation=90, fontsize=name_size)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(-0.7, len(widths) - 0.3)
     return figure
+
+
+def _legend_above(axes: Any) -> None:
+    """Put a legend between a panel and what stands above it, where it covers nothing."""
+    axes.legend(loc="lower right", ncols=2, fontsize=8, frameon=False, bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
+
+
+def _wrapped(text: str, width: float) -> str:
+    """Break the lines of a title that are longer than a figure of some inches is wide."""
+    letters = int((width - 0.4) / LETTER)
+    return "\n".join(part for line in text.splitlines() for part in textwrap.wrap(line, letters))
+
+
+def _short(name: str) -> str:
+    """Leave out the beginning of a long name."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"…{name[1 - LONGEST_NAME :]}"
 
 
 def _with_these(channels: ChannelsRecord | None) -> str:
@@ -124,9 +155,10 @@ def _draw_channels(axes: Any, channels: ChannelsRecord, size: int) -> None:
     axes.set_yticks([0, 50, 100])
     axes.set_ylabel("output channels\nkept, %", fontsize=9)
     axes.set_title(
-        f"{channels.short} channels kept, {channels.macs / 1e6:.3g} of {channels.of_macs / 1e6:.3g} M MACs", fontsize=8
+        f"{channels.short} channels kept, {channels.macs / 1e6:.3g} of {channels.of_macs / 1e6:.3g} M MACs",
+        fontsize=8,
     )
-    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1.0, 1.25))
+    _legend_above(axes)
 
 
 def _costs_of_smaller(problem: ProblemRecord, channels: ChannelsRecord) -> list[float]:
@@ -147,9 +179,12 @@ def _at_before(problem: ProblemRecord) -> str:
 
 
 def _title(problem: ProblemRecord, used: float) -> str:
-    """Say what a policy costs, of which budget; below it what else is limited."""
+    """Name network, data and objective; below them say what the policy costs, of which budget, and what else is limited."""
     metric = problem.metric
-    words = f"{problem.target.name}: {describe_amount(used, metric)} "
+    words = f"{_of_what(problem.network, problem.data)}, judged by {problem.objective_title}"
+    if problem.samples_words:
+        words += f" on {problem.samples_words}"
+    words += f"\n{problem.target.name}: {describe_amount(used, metric)} "
     if problem.limit is not None:
         words += f"of {describe_amount(problem.limit, metric)} "
     reference = problem.reference
@@ -160,6 +195,14 @@ def _title(problem: ProblemRecord, used: float) -> str:
     if others:
         words += f"\nwithin {join_words(others)} too"
     return words
+
+
+def _of_what(network: str, data: str) -> str:
+    """Name a network and its data; of a description of data only what it begins with."""
+    name = re.split(r" \(|: ", data)[0]
+    if not name:
+        return network
+    return f"{network} on {name}"
 
 
 def _costs(problem: ProblemRecord, widths: Sequence[tuple[int | None, int | None]]) -> list[float]:
@@ -179,7 +222,8 @@ def draw_sweep(sweep: FinishedSweepRecord) -> Figure:
     Returns a figure; a notebook shows it, `save` writes it.
     """
     targets = [target for target in sweep.targets.values() if target.found]
-    figure = _figure(5.2 * len(targets) + 0.8, 4.6)
+    width = 5.2 * len(targets) + 1.8
+    figure = _figure(width, 5.2)
     judged: list[Measurement | JudgedRecord] = [sweep.of_float]
     judged += [run for found in sweep.found for run in found.runs]
     scores = [sweep.score(sweep.value(row, "test")) for row in judged]
@@ -187,9 +231,6 @@ def draw_sweep(sweep: FinishedSweepRecord) -> Figure:
     spare = 0.02  # two points, within which a uniform policy that is worse is still drawn
     if sweep.objective_unit != PERCENT:
         spare = 0.1 * (max(scores) - worst)
-    where = "lower right"
-    if not sweep.higher_is_better:
-        where = "upper right"
     panels = figure.subplots(1, len(targets), sharey=True, squeeze=False)[0]
     for axes, target in zip(panels, targets, strict=True):
         axes.axhline(
@@ -199,14 +240,17 @@ def draw_sweep(sweep: FinishedSweepRecord) -> Figure:
             linestyle=":",
             label="float",
         )
-        for solver, color in zip(sweep.asked.solvers, COLORS, strict=False):
-            _draw_solver(axes, sweep, target, solver, color)
+        for number, solver in enumerate(sweep.asked.solvers):
+            _draw_solver(axes, sweep, target, solver, number)
         _draw_uniform_and_front(axes, sweep, target, worst - spare)
         axes.set_title(f"{target.name} ({target.kind})", fontsize=10)
         axes.set_xlabel(f"{metric_words(sweep.metric)}, fraction of {target.reference_short}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(f"{sweep.on_axis(f'test {sweep.objective_title}')} (measured)", fontsize=9)
-    panels[0].legend(fontsize=8, frameon=False, loc=where)
+    title = f"{_of_what(sweep.network, sweep.data)}, judged by {sweep.objective_title}"
+    figure.suptitle(_wrapped(f"{title}\n{_bars_words(sweep)}", width), fontsize=10)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 
@@ -230,12 +274,13 @@ def draw_robustness(found: RobustnessRecord, curve_steps: int) -> Figure:
     for number, (name, network) in enumerate(found.networks.items()):
         eps = [unit * size for size, _ in network.curve]
         accuracies = [100 * share for _, share in network.curve]
-        axes.plot(eps, accuracies, color=f"C{number}", marker="o", markersize=3, label=name)
+        color = COLORS[number % len(COLORS)]
+        axes.plot(eps, accuracies, color=color, marker="o", markersize=3, linestyle=LINES[number % len(LINES)], label=name)
         mark = "*"
         if network.masked:
             mark = "v"
         worst = (unit * network.threat.eps, 100 * network.worst)
-        axes.plot(*worst, color=f"C{number}", marker=mark, markersize=11, linestyle="", clip_on=False, alpha=0.8)
+        axes.plot(*worst, color=color, marker=mark, markersize=11, linestyle="", clip_on=False, alpha=0.8)
     chance = 100 / first.classes
     axes.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
     axes.text(0, chance + 1, "chance", color="grey", fontsize=8)
@@ -270,16 +315,57 @@ def _widths(problem: ProblemRecord, policy: PolicyRecord) -> list[tuple[int, int
     return widths
 
 
-def _draw_solver(axes: Any, sweep: FinishedSweepRecord, target: SweepTarget, solver: str, color: str) -> None:
-    """Draw what a solver found: means over its seeds, with bars from the smallest to the largest."""
+def _draw_solver(axes: Any, sweep: FinishedSweepRecord, target: SweepTarget, solver: str, number: int) -> None:
+    """Draw what a solver found: means over its seeds with their standard errors, and every seed as a small dot.
+
+    Args:
+        axes: Where.
+        sweep: The sweep.
+        target: The target.
+        solver: The solver's name.
+        number: Its place in the list of solvers, which gives colour, mark and line.
+    """
+    color, mark, line = COLORS[number % len(COLORS)], MARKS[number % len(MARKS)], LINES[number % len(LINES)]
     rows = sorted((row for row in target.found if row.solver == solver), key=lambda row: row.fraction)
     means = [sweep.plotted(sweep.value(row, "test")) for row in rows]
-    spreads = [sweep.spread(row, "test") for row in rows]
-    below = [mean - sweep.plotted(low) for mean, (low, _) in zip(means, spreads, strict=True)]
-    above = [sweep.plotted(high) - mean for mean, (_, high) in zip(means, spreads, strict=True)]
     fractions = [row.fraction for row in rows]
-    bars = [[max(0.0, size) for size in sizes] for sizes in (below, above)]  # a mean may be a rounding beyond an end
-    axes.errorbar(fractions, means, bars, color=color, marker="o", markersize=4, linewidth=1.3, capsize=2, label=solver)
+    errors = [_standard_error(sweep, row) for row in rows]
+    bars = None
+    if any(error is not None for error in errors):
+        bars = [math.nan if error is None else sweep.plotted(error) for error in errors]
+    axes.errorbar(
+        fractions, means, bars, color=color, marker=mark, markersize=5, linestyle=line, linewidth=1.3, capsize=3, label=solver
+    )
+    seeds = [run for row in rows if len(row.runs) > 1 for run in row.runs]
+    values = [sweep.plotted(sweep.value(run, "test")) for run in seeds]
+    axes.plot([run.fraction for run in seeds], values, ".", color=color, markersize=3, alpha=0.6)
+
+
+def _standard_error(sweep: FinishedSweepRecord, row: SweepFound) -> float | None:
+    """Return the standard error of a mean over seeds, or of one run's value on the test samples; None if it isn't known."""
+    values = [sweep.value(run, "test") for run in row.runs]
+    if not all(map(math.isfinite, values)):
+        return None
+    if len(values) > 1:
+        return statistics.stdev(values) / math.sqrt(len(values))
+    if sweep.counts_samples:
+        return math.sqrt(values[0] * (1 - values[0]) / sweep.images["test"])
+    return row.error("test", sweep.objective)
+
+
+def _bars_words(sweep: FinishedSweepRecord) -> str:
+    """Say what the error bars are: of means over seeds, of single runs, or of both."""
+    counts = sorted({len(row.runs) for row in sweep.found if len(row.runs) > 1})
+    single = any(len(row.runs) == 1 and _standard_error(sweep, row) is not None for row in sweep.found)
+    test = f"{sweep.images['test']:,} test {sweep.samples_are}"
+    if not counts and not single:
+        return "one run each, no standard error is known"
+    if not counts:
+        return f"bars: standard error of one run on {test}"
+    words = f"bars: standard error of the mean over {join_words(list(map(str, counts)))} seeds (dots: seeds)"
+    if single:
+        words += f"; of solvers with one run: on {test}"
+    return words
 
 
 def _draw_uniform_and_front(axes: Any, sweep: FinishedSweepRecord, target: SweepTarget, least: float) -> None:

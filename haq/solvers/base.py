@@ -268,7 +268,14 @@ class Session:
         return self.trials
 
     def seen(self, policy: Q.BitPolicy) -> bool:
-        """Say whether a policy was asked for before."""
+        """Say whether a policy was asked for before.
+
+        Args:
+            policy: The policy.
+
+        Returns:
+            Whether `evaluate` has its evaluation already.
+        """
         return policy in self._seen
 
     @property
@@ -283,6 +290,9 @@ class Session:
         It follows from the trials so far. Give it to `expect` with the policies that are chosen now. Where the best policy is
         looked for, it is so far below the best that what doesn't reach it is never chosen (`racing.beat`); where the cheapest
         is, the value that is good enough. Of a trade-off, the value that is needed depends on the cost: nothing ends early.
+
+        Returns:
+            A value of the objective, or None.
         """
         problem = self.problem
         if not self.races:
@@ -332,6 +342,12 @@ class Session:
         """Evaluate a policy; one that is new is counted and becomes a trial.
 
         It may exceed the budget, and is then no candidate for `best`.
+
+        Args:
+            policy: The policy.
+
+        Returns:
+            Its value and loss on the search samples; of a policy that was asked for before, the same again.
 
         Raises:
             ValueError: For a policy that isn't one of the problem's (`Problem.check_policy`); it isn't counted.
@@ -434,7 +450,14 @@ class Solver(ABC):
             cls.name = cls.__name__
 
     def check_agent(self, agent: AgentFile) -> None:
-        """Raise ValueError, in one sentence, for an agent that it can't start from; asked only if it `takes_agent`."""
+        """Check an agent that the solver is to start from; asked only if it `takes_agent`.
+
+        Args:
+            agent: What `haq pretrain` wrote.
+
+        Raises:
+            ValueError: In one sentence, for an agent that the solver can't start from.
+        """
         agent.check_kind(self.name)
 
     @abstractmethod
@@ -563,7 +586,7 @@ def conclude(found: Solver, session: Session) -> Trial:
 
     Raises:
         NothingGoodEnough: A ValueError, naming the solver and the best that it saw.
-        ValueError: Naming the solver, if it evaluated no policy within the budget.
+        NothingFound: A ValueError, naming the solver, if it evaluated no policy within the budget.
     """
     if session.best is None and session.problem.goal.kind == CHEAPEST:
         raise NothingGoodEnough(f"solver {_called(found)!r} found no policy that is good enough: {_closest(session)}")

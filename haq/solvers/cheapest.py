@@ -135,6 +135,9 @@ def search(solver: Solver, session: Session, seed: int) -> None:
         solver: It looks for the best policy within a budget.
         session: Its allowance.
         seed: What everything random comes from.
+
+    Raises:
+        ValueError: For a solver that can't look for the goal among channels and widths.
     """
     problem = session.problem
     if chooses_channels(problem) and (solver.uses_sensitivities or len(problem.limits) > 1):

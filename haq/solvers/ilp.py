@@ -127,6 +127,7 @@ def allocate(
 
     Raises:
         ValueError: If shapes differ, numbers are NaN or nothing fits, naming the least cost that can be reached.
+        RuntimeError: If it isn't solved, though something fits.
     """
     losses = np.asarray(loss, float)
     limits = [(np.asarray(costs, float), float(most)) for costs, most in ((cost, limit), *also)]

@@ -66,7 +66,11 @@ class Checkpoint:
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
-        """Say in one sentence, of whatever is raised while what was read is put back, that it doesn't fit."""
+        """Say in one sentence, of whatever is raised while what was read is put back, that it doesn't fit.
+
+        Raises:
+            ValueError: With the reason, and what to do about it.
+        """
         try:
             yield
         except Exception as error:

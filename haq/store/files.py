@@ -43,7 +43,19 @@ LEFTOVERS = {LOCK, TRIALS, *(f"{name}{PART}" for name in (CONFIG, SWEEP, TRIALS)
 
 
 def read_json(path: Path, what: str = "JSON") -> dict[str, Any]:
-    """Read an object from a JSON file, which is to be `what`."""
+    """Read an object from a JSON file.
+
+    Args:
+        path: The file.
+        what: What it is to be, for messages: "the result of a run".
+
+    Returns:
+        The object.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: Naming the file, if it is anything else, or too large.
+    """
     text = read_text(path, MOST_JSON)
     try:
         content = json.loads(text, object_pairs_hook=_without_twice)
@@ -57,7 +69,19 @@ def read_json(path: Path, what: str = "JSON") -> dict[str, Any]:
 
 
 def read_yaml(path: Path, what: str = "YAML") -> dict[str, Any]:
-    """Read a mapping from a YAML file, which is to be `what`; plain data only, see `hw_models.files`."""
+    """Read a mapping from a YAML file; plain data only, see `hw_models.files`.
+
+    Args:
+        path: The file.
+        what: What it is to be, for messages: "the configuration of a run".
+
+    Returns:
+        The mapping.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: Naming the file, if it is anything else, or too large.
+    """
     text = read_text(path, MOST_CONFIG)
     try:
         content = parse_yaml(text)

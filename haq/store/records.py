@@ -274,7 +274,11 @@ class JudgingRecord(Record):
         return self.checked(row.entry(split, self.objective), share_key(split, self.objective))
 
     def checked(self, value: Any, key: str) -> float:
-        """Return a value as a file has it, once it can be one of the objective; ValueError, naming its key, if it can't."""
+        """Return a value as a file has it, once it can be one of the objective.
+
+        Raises:
+            ValueError: Naming its key, if it can't be one.
+        """
         if value is None and math.isinf(self.worst):
             return self.worst
         accepted, least, most = "a number", -math.inf, math.inf

@@ -22,6 +22,7 @@ from haq.store.records import ChannelsRecord
 from haq.store.units import describe_amount, finite
 from haq.study.config import SearchConfig
 from hw_models import trust
+from hw_models.extras import install_line
 from hw_models.widths import places
 from quantizers.calling import Forward, inputs_of
 from quantizers.kept import check_pruned_to
@@ -31,7 +32,7 @@ from quantizers.pruning import Criterion
 def check_installed(config: SearchConfig) -> None:
     """Raise ImportError, with what to install, if channels are to be pruned and nothing here can follow them."""
     if config.prune is not None and importlib.util.find_spec("torch_pruning") is None:
-        raise ImportError("--prune needs torch-pruning, which isn't installed: pip install 'haq[prune]'")
+        raise ImportError(f"--prune needs torch-pruning, which isn't installed: {install_line('prune')}")
 
 
 def is_joint(problem: Problem) -> bool:

@@ -751,9 +751,10 @@ class SearchConfig(_Config):
             ) from None
 
     def check_pruning(self) -> None:
-        """Raise ValueError, in one sentence, unless `prune` are shares of channels and `criterion` says how to choose them.
+        """Check that `prune` are shares of channels and that `criterion` says how to choose them.
 
         Raises:
+            ValueError: In one sentence, if they aren't, or if one is missing.
             ImportError: With what to install, where channels can't be followed through a network.
         """
         if self.prune is None:

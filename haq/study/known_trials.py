@@ -180,7 +180,11 @@ def of_rows(
 
 
 def evaluation_of(row: HistoryRow, problem: Problem) -> Evaluation:
-    """Return what a row of a history says that a policy of a problem was measured to give."""
+    """Return what a row of a history says that a policy of a problem was measured to give.
+
+    Raises:
+        ValueError: For an evaluation that ended early after as many samples as there are.
+    """
     higher, count = problem.objective.higher_is_better, problem.evaluator.count
     if row.images is not None:
         if row.images >= count:

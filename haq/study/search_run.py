@@ -511,7 +511,11 @@ class SearchRun:
         PolicyRecord.of(policy).write(self.folder / POLICY)
 
     def load_policy(self) -> Q.BitPolicy:
-        """Read the best policy so far; FileNotFoundError if there is none yet."""
+        """Read the best policy so far.
+
+        Raises:
+            FileNotFoundError: If there is none yet.
+        """
         path = self.folder / POLICY
         if not path.exists():
             raise FileNotFoundError(f"{self.folder} has no {POLICY}: nothing was found yet; {self.go_on}")
@@ -522,7 +526,11 @@ class SearchRun:
         result.write(self.folder / RESULT)
 
     def load_result(self) -> ResultRecord:
-        """Read what was found; FileNotFoundError if the run isn't finished."""
+        """Read what was found.
+
+        Raises:
+            FileNotFoundError: If the run isn't finished.
+        """
         if not self.finished:
             raise FileNotFoundError(f"{self.folder} is not finished: {self.go_on}")
         return ResultRecord.read(self.folder / RESULT)

@@ -166,7 +166,7 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
         if can_be_verified(task.problem.objective):
             network = tuned or task.problem.evaluator.prepared(policy)
             result["verified"] = _verify(bar, task, network, run.folder / ROBUSTNESS)
-    save_picture(task.problem, policy, run.folder / "policy.png")
+    save_picture(task.problem, policy, run.folder / "policy.png", task.outline())
     run.save_result(ResultRecord.from_dict(result))
     run.drop_checkpoint("finetuning")
     return result, policy

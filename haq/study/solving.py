@@ -221,15 +221,30 @@ class Result:
         return self._quantized
 
     def evaluate(self, network: nn.Module) -> Evaluation:
-        """Tell what any network gives on the search images, judged as policies were."""
+        """Tell what any network gives on the search images, judged as policies were.
+
+        Args:
+            network: Any network with the same inputs and outputs.
+
+        Returns:
+            Its value and loss on the search images.
+        """
         return self.problem.evaluator.measure(network.eval())
 
     def table(self) -> PolicyTable:
-        """Make a table of bits and costs per layer, and of channels, for a terminal (`print`) or a notebook."""
+        """Make a table of bits and costs per layer, and of channels, for a terminal (`print`) or a notebook.
+
+        Returns:
+            The table, which says what the costs are: estimated, or measured on which device.
+        """
         return PolicyTable(self.problem, self.policy)
 
     def plot(self) -> Figure:
-        """Draw bits per layer over each layer's share of the cost; a notebook shows the figure."""
+        """Draw bits per layer over each layer's share of the cost; a notebook shows the figure.
+
+        Returns:
+            A figure of Matplotlib.
+        """
         return draw_policy(self.problem, self.policy)
 
     def finetune(self, loader: Batches, *, epochs: int = 12, seed: int | None = None, **options: Any) -> nn.Module:
@@ -333,7 +348,11 @@ class Result:
         return folder
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what was found as plain data."""
+        """Return what was found as plain data.
+
+        Returns:
+            What `save` writes to solution.json: text, numbers and containers of them.
+        """
         problem = self.problem
         further: dict[str, Any] = {"choice": choice_entry(problem, self.choice)}
         from_actor = self.contribution

@@ -484,6 +484,9 @@ def collect(
 
     Returns:
         What sweep.json holds.
+
+    Raises:
+        ValueError: If no search found a policy that is good enough.
     """
     task = context.first
     results: Results = {}

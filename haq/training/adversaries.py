@@ -62,7 +62,14 @@ class Adversary:
         return 1
 
     def passes(self, epochs: int) -> int:
-        """Return how many times the images are gone through in so many epochs' worth of training."""
+        """Return how many times the images are gone through in so many epochs' worth of training.
+
+        Args:
+            epochs: Epochs' worth of training.
+
+        Returns:
+            Passes: with `free` replays, fewer than epochs.
+        """
         return math.ceil(epochs / self.replays)
 
 
@@ -114,6 +121,9 @@ class TrainingAttack:
         """Move the perturbation that `free` keeps (Shafahi et al., algorithm 1).
 
         It moves by eps along the sign of the gradient that the step left in the perturbed inputs.
+
+        Args:
+            perturbed: The perturbed inputs of the step, whose `grad` is set.
         """
         if self.adversary.kind != "free":
             return

@@ -61,6 +61,12 @@ class Judgement(NamedTuple):
         """Say whether this is the better one of two: of less loss, and no worse in its value by more than a standard error.
 
         The loss comes first: among a few hundred answers, one more or less is chance.
+
+        Args:
+            other: The judgement that is the best so far.
+
+        Returns:
+            False for equal ones.
         """
         margin = 0.0
         if other.error is not None:
@@ -136,6 +142,9 @@ class TrainConfig:
         auxiliary: Weight of the losses of auxiliary outputs, which some networks have in training mode.
         give_up_after: A training ends after the epoch in which it has taken so many steps, if none until then had a lower loss
             on held-out samples than the network before, where that was judged; None: it doesn't.
+
+    Raises:
+        ValueError: Naming the setting and its value, for what no training can have.
     """
 
     epochs: int

@@ -265,6 +265,9 @@ def hold_out(split: Split) -> tuple[Split, Split]:
     These are a twentieth, of every class its share, and always the same: at most MOST_HELD, and of few samples at least
     FEW_HELD as far as that is no more than a quarter. Where there are several groups, whole groups are held out.
 
+    Args:
+        split: The samples that a network is to be fine-tuned on.
+
     Returns:
         The samples to train on, and those held out.
     """

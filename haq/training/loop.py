@@ -356,7 +356,11 @@ class Training:
         state.write(to_device(content, "cpu"))
 
     def restore(self, state: Checkpoint) -> None:
-        """Go on from what was written; if nothing was, from the beginning."""
+        """Go on from what was written; if nothing was, from the beginning.
+
+        Raises:
+            ValueError: With what to do, for a file that is of something else or doesn't fit.
+        """
         # Weights, what an optimizer and an attack keep: never so many times the network.
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.module.state_dict().values())
         content = state.read(16 * size + 2**28)
@@ -560,6 +564,9 @@ def train_epoch(training: Training, split: Split, on_step: OnStep = no_step) -> 
 
     Returns:
         The mean loss.
+
+    Raises:
+        ValueError: If there is no batch of samples to train on.
     """
     config = training.config
     training.method.before_epoch(training)
@@ -664,6 +671,7 @@ def train_step(training: Training, inputs: Any, loss_of: Loss, targets: Any = No
 
     Raises:
         FloatingPointError: If it is no number.
+        ValueError: If all parameters that the network computes with are frozen.
     """
     module = training.module
     method = training.method

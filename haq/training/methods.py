@@ -133,11 +133,19 @@ class Method:
         `finish` the module must have the same entries in its `state_dict`, of the same shapes, as before, since that is how a
         checkpoint of the network is read.
 
-        Raises ValueError, in a sentence that names the value, for a training that the method can't work with.
+        Args:
+            training: The training that begins: its module, configuration and generator.
+
+        Raises:
+            ValueError: In a sentence that names the value, for a training that the method can't work with.
         """
 
     def before_epoch(self, training: TrainingState) -> None:
-        """Prepare the next epoch; `training.epoch` of them are done."""
+        """Prepare the next epoch; `training.epoch` of them are done.
+
+        Args:
+            training: The training.
+        """
 
     def loss(self, training: TrainingState, inputs: Any, targets: Any, outputs: Any, loss: Tensor) -> Tensor:
         """Return what is minimised in a step.
@@ -155,31 +163,59 @@ class Method:
         return loss
 
     def before_step(self, training: TrainingState) -> None:
-        """Look at the gradients, and change them, before optimizers take their step; in float16 they are scaled."""
+        """Look at the gradients, and change them, before optimizers take their step; in float16 they are scaled.
+
+        Args:
+            training: The training; gradients are in its module's parameters.
+        """
 
     def after_step(self, training: TrainingState) -> None:
-        """Go on after a step; `training.step` of them are done, the last one included."""
+        """Go on after a step; `training.step` of them are done, the last one included.
+
+        Args:
+            training: The training.
+        """
 
     def after_epoch(self, training: TrainingState) -> None:
-        """Go on after an epoch, before its network is judged; `training.epoch` of them are done, this one included."""
+        """Go on after an epoch, before its network is judged; `training.epoch` of them are done, this one included.
+
+        Args:
+            training: The training.
+        """
 
     def may_keep(self, training: TrainingState) -> bool:
         """Say whether the network after this epoch may be what the training ends with, if it is the best.
 
         At least one epoch's must, where networks are judged. A method whose networks aren't finished before its last cycle
         says so here.
+
+        Args:
+            training: The training.
+
+        Returns:
+            True, unless the method says otherwise.
         """
         return True
 
     def position(self, training: TrainingState) -> tuple[int, int]:
-        """Return where the schedule of the learning rate is, as steps done and steps in all.
+        """Return where the schedule of the learning rate is.
 
         Only schedules of ours (`haq.training.optimizers.SCHEDULES`) ask; those of torch go on by themselves.
+
+        Args:
+            training: The training.
+
+        Returns:
+            Steps done, and steps in all.
         """
         return training.step, training.steps
 
     def finish(self, training: TrainingState) -> None:
-        """Leave the module ready for use; it is the best one by now if it was judged."""
+        """Leave the module ready for use; it is the best one by now if it was judged.
+
+        Args:
+            training: The training that is over.
+        """
 
     def rebuilt(self, module: nn.Module) -> nn.Module:
         """Return the network that is used, and written, after the training: another one where the method makes it smaller.
@@ -195,13 +231,20 @@ class Method:
         return module
 
     def report(self) -> list[str]:
-        """Return what is worth saying after the training, a sentence each: `haq train` prints them."""
+        """Return what is worth saying after the training, a sentence each: `haq train` prints them.
+
+        Returns:
+            Sentences; none by default.
+        """
         return []
 
     def tensors(self) -> dict[str, Any]:
         """Return what `load_tensors` goes on from: tensors, numbers, strings and containers of them; what is empty isn't kept.
 
         Whoever has more than modules and optimizers adds to what this returns.
+
+        Returns:
+            The state by name.
         """
         content: dict[str, Any] = {}
         if self.modules:
@@ -211,7 +254,11 @@ class Method:
         return content
 
     def load_tensors(self, content: dict[str, Any]) -> None:
-        """Go on from what `tensors` returned; tensors come back on the CPU. Modules and optimizers are those of `begin`."""
+        """Go on from what `tensors` returned; tensors come back on the CPU. Modules and optimizers are those of `begin`.
+
+        Args:
+            content: What `tensors` returned.
+        """
         for name, module in self.modules.items():
             module.load_state_dict(content["modules"][name])
         for name, optimizer in self.optimizers.items():

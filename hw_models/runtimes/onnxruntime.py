@@ -56,7 +56,11 @@ class OnnxRuntime:
         return call
 
     def computes(self, operator: Operator) -> bool:
-        """Read the optimized model: the one operator of integers must be in it, and no float one."""
+        """Read the optimized model: the one operator of integers must be in it, and no float one.
+
+        Raises:
+            ValueError: If the runtime can't do the layer in float.
+        """
         import onnx
         import onnxruntime
 

@@ -56,7 +56,11 @@ class OpenVino:
         return call
 
     def computes(self, operator: Operator) -> bool:
-        """Read the compiled model: its product must take activations and weights of the operator's widths."""
+        """Read the compiled model: its product must take activations and weights of the operator's widths.
+
+        Raises:
+            ValueError: If the runtime can't do the layer in float.
+        """
         try:
             # Two: with a single reader of the quantized input it takes another path, which no network of several layers takes.
             compiled = _compiled(replace(operator, copies=2), threads=1)

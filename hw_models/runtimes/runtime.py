@@ -6,10 +6,10 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from hw_models.extras import install_line
 from hw_models.runtimes.operators import INTEGER, PACKED_BITS, WHOLE_FLOAT, Operator, Pair
 from hw_models.widths import FLOAT
 
-EXTRA = "pip install 'haq[runtimes]'"
 Call = Callable[[], object]
 
 
@@ -58,7 +58,7 @@ def check_installed(name: str, *modules: str) -> None:
     """Raise ImportError saying what to install, if a module isn't there."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise ImportError(f"the target {name} needs {' and '.join(missing)}: {EXTRA}")
+        raise ImportError(f"the target {name} needs {' and '.join(missing)}: {install_line('runtimes')}")
 
 
 def example(shape: Any, is_bytes: bool) -> Any:

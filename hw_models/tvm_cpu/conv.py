@@ -27,8 +27,10 @@ MAX_TAPS = (2**31 - 1) // (255 * 128)
 class Conv:
     """The sizes of a convolution. A linear layer is a 1x1 convolution of an image of (rows, 1).
 
-    `padding` is that of the top and left; at the bottom and right there is as much as the output's size needs. Raises
-    ValueError for sizes that don't belong together, and where 32 bits might not hold a sum.
+    `padding` is that of the top and left; at the bottom and right there is as much as the output's size needs.
+
+    Raises:
+        ValueError: For sizes that don't belong together, and where 32 bits might not hold a sum.
     """
 
     in_channels: int

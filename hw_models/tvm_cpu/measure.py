@@ -133,7 +133,11 @@ class Board:
         self._session.get_function("runtime.config_threadpool")(1, threads)
 
     def load(self, library: Any, cpu: Cpu) -> Any:
-        """Link, upload and load a compiled module."""
+        """Link, upload and load a compiled module.
+
+        Raises:
+            BuildError: If the kernels can't be linked.
+        """
         with tempfile.TemporaryDirectory() as folder:
             # Each has a name of its own: a loader may take a file that it has seen for what it was.
             self._loaded += 1

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from hw_models.cost import CostTable, check_batch
+from hw_models.extras import install_line
 from hw_models.measured.cache import Notice, TimingCache, warn
 from hw_models.measured.processor import kept_processors, processor_model
 from hw_models.measured.timing import Progress, Say, Timing
@@ -264,7 +265,7 @@ def load_cpu(name: str, threads: int | None, target: str | None) -> CpuTarget:
         ConnectionError: When no board answers.
     """
     if importlib.util.find_spec("tvm") is None:
-        raise ImportError(f"the target {name} needs TVM: pip install 'haq[tvm]'")
+        raise ImportError(f"the target {name} needs TVM: {install_line('tvm')}")
     from hw_models.tvm_cpu.cpu import Cpu
 
     if threads is None:

@@ -55,7 +55,11 @@ class Ranking:
     """
 
     def __init__(self, groups: ChannelGroups) -> None:
-        """Take the groups that were ranked."""
+        """Take the groups that were ranked.
+
+        Args:
+            groups: All groups of the network.
+        """
         self.groups = groups
 
     def keep(self, group: str, count: int) -> tuple[int, ...]:
@@ -83,7 +87,15 @@ class Ranking:
         return self.choose(found, count)
 
     def choose(self, group: ChannelGroup, count: int) -> tuple[int, ...]:
-        """Return the channels to keep, in ascending order, for a count that the group can have and that isn't all."""
+        """Choose the channels of a group to keep.
+
+        Args:
+            group: The group.
+            count: How many: a number that the group can have, and not all.
+
+        Returns:
+            Numbers of channels, ascending.
+        """
         raise NotImplementedError
 
 
@@ -219,7 +231,15 @@ class Criterion:
         return ScoreRanking(groups, made)
 
     def scores(self, network: nn.Module, group: ChannelGroup) -> Tensor:
-        """Return a score for every channel of a group, shape (channels,); the highest are kept."""
+        """Return a score for every channel of a group; the highest are kept.
+
+        Args:
+            network: The network.
+            group: The group.
+
+        Returns:
+            Scores, shape (channels,).
+        """
         raise NotImplementedError(f"criterion {self.name!r} has neither a method `scores` nor `rank`")
 
 
@@ -316,12 +336,20 @@ def refuse_infinite_weights(network: nn.Module, groups: ChannelGroups) -> None:
 
 
 def criterion_names() -> list[str]:
-    """List the names of all criteria that are known or installed; no plug-in is imported."""
+    """List the names of all criteria that are known or installed; no plug-in is imported.
+
+    Returns:
+        The names, our own first.
+    """
     return list(dict.fromkeys([*Criterion.known, *(point.name for point in installed(GROUP))]))
 
 
 def criterion_rows() -> list[PluginRow]:
-    """List all criteria that are known or installed, with where they come from and a line each; no plug-in is imported."""
+    """List all criteria that are known or installed, with where they come from and a line each; no plug-in is imported.
+
+    Returns:
+        A row for each.
+    """
     return rows_of(Criterion.known, GROUP)
 
 

@@ -65,7 +65,14 @@ def _kept(layer: SchemeLayer) -> Tensor:
 
 
 def masked_layers(network: nn.Module) -> dict[str, QuantLayer]:
-    """Return the one-bit layers of a network whose filters have masks, by name, in the order of its modules."""
+    """Return the one-bit layers of a network whose filters have masks, by name, in the order of its modules.
+
+    Args:
+        network: A quantized network.
+
+    Returns:
+        Layers by their dotted module names.
+    """
     layers = quant_layers(network).items()
     return {name: m for name, m in layers if MASK in m.scheme.learned and m.weight_bits == 1}
 

@@ -34,6 +34,9 @@ class Grouping:
         groups: How many groups there are, G; some may be empty.
         inputs: The group of each input channel, 0 to G - 1.
         outputs: The group of each filter.
+
+    Raises:
+        ValueError: For numbers that are no group, and for a grouping of nothing.
     """
 
     groups: int

@@ -29,6 +29,9 @@ def size_of(module: nn.Module, dim: str) -> int:
 
     Returns:
         The count.
+
+    Raises:
+        TypeError: For a module that isn't followed.
     """
     if isinstance(module, _ConvNd):
         return {OUT: module.out_channels, IN: module.in_channels}[dim]

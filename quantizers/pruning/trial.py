@@ -37,6 +37,9 @@ class Trial:
             network: A copy in evaluation mode, which stays as it is.
             example: Its inputs.
             forward: What runs it on them; None: `call`.
+
+        Raises:
+            ValueError: If the network's outputs for the example aren't finite.
         """
         self.run = forward or call
         self.generator = torch.Generator().manual_seed(SEED)

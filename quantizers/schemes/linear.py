@@ -65,6 +65,10 @@ class Linear(Scheme, name="linear"):
             that changes nothing, since integers with a zero point may be told less 2^(b-1).
             `unsigned`: they never are; a layer whose input is negative is refused, unless it has a
             zero point.
+
+    Raises:
+        ValueError: For a calibration rule that isn't known, and for `kl` of asymmetric inputs, for which it finds no zero
+            points.
     """
 
     calibration: str = "mse"

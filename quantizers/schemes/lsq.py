@@ -202,6 +202,9 @@ class LSQPlus(LSQ, name="lsqplus"):
 
     A layer's tensors: those of LSQ and activation_offset (9,), learned. At 16 bits the grid starts at
     the smallest value that was seen, and ends at the largest.
+
+    Raises:
+        ValueError: For `activations` other than `auto`, and for scales that are powers of two.
     """
 
     summary: ClassVar[str] = "lsq with a learned offset of the inputs, which can't be deployed (Bhalgat et al. 2020)"

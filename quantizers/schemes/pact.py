@@ -39,6 +39,9 @@ class PACT(DoReFa, name="pact"):
     Attributes:
         clip: alpha before training: 10, as in the paper; None takes what leaves the smallest
             squared error at 4 bits on the calibration data.
+
+    Raises:
+        ValueError: Unless `clip` is positive and finite, or None.
     """
 
     clip: float | None = 10.0
@@ -83,8 +86,17 @@ class PACT(DoReFa, name="pact"):
 def pact_penalty(network: nn.Module, strength: float) -> Tensor:
     """Compute strength x the sum of alpha^2 over the layers whose input PACT clips, to be added to the loss.
 
-    The larger, the further down move the clips (Choi et al. 2018, section 3.1; their strength is
-    that of the weights' decay). Raises ValueError if PACT clips nothing in the network.
+    The larger, the further down move the clips (Choi et al. 2018, section 3.1; their strength is that of the weights' decay).
+
+    Args:
+        network: A quantized network.
+        strength: The factor.
+
+    Returns:
+        One number, with gradients to the clips.
+
+    Raises:
+        ValueError: If PACT clips nothing in the network.
     """
     clips = [
         tensor_of(layer, CLIP)

@@ -46,6 +46,7 @@ def network():
 """
 SMALL = ["--network", "small_job:network", "--data", "small_job:splits", "--budget", "0.6"]
 QUICK = [*SMALL, "--evaluations", "30", "--finetune-epochs", "1"]
+AGENTS = [*SMALL, "--evaluations", "16", "--finetune-epochs", "1"]  # half of them proposed by an agent, which takes longest
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +83,7 @@ def test_printed_commands_work_whatever_the_folder_is_called(
 
 
 def test_the_job_from_end_to_end(capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
-    assert call(search.main, *QUICK, "--out", "run") == 0
+    assert call(search.main, *AGENTS, "--out", "run") == 0
     out, err = capsys.readouterr()
     assert not err
     assert not [str(w.message) for w in recwarn]
@@ -141,8 +142,8 @@ def test_the_job_from_end_to_end(capsys: pytest.CaptureFixture[str], recwarn: py
 
 def test_the_same_seed_gives_the_same_bytes() -> None:
     for name in ("a", "b"):
-        assert call(search.main, *QUICK, "--out", name) == 0
-    assert call(search.main, *QUICK, "--seed", "1", "--out", "c") == 0
+        assert call(search.main, *AGENTS, "--out", name) == 0
+    assert call(search.main, *AGENTS, "--seed", "1", "--out", "c") == 0
     for file in ("policy.json", "history.csv"):
         assert Path("a", file).read_bytes() == Path("b", file).read_bytes()
     assert Path("a", "history.csv").read_bytes() != Path("c", "history.csv").read_bytes()
@@ -178,11 +179,20 @@ def test_storage_is_a_metric_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["found"]["storage_bytes"] == result["budget"]["used"] <= 1100
 
 
-@pytest.mark.parametrize("after", [1, 13, 29, 31])
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        enter(folder, patch, MODULE)
+        assert call(search.main, *AGENTS, "--out", "whole") == 0
+    return folder / "whole"
+
+
+@pytest.mark.parametrize("after", [1, 7, 15, 17])  # at once, in the agent's policies, before its last, and in a rival's
 def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(
-    after: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    after: int, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert call(search.main, *QUICK, "--out", "whole") == 0
     record, count = SearchRun.record, []
 
     def interrupted(self: SearchRun, *arguments: Any) -> None:
@@ -193,7 +203,7 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(
 
     with monkeypatch.context() as patch:
         patch.setattr(SearchRun, "record", interrupted)
-        assert call(search.main, *QUICK, "--out", "cut") == EXIT_INTERRUPTED
+        assert call(search.main, *AGENTS, "--out", "cut") == EXIT_INTERRUPTED
     assert "python -m haq.search --resume cut" in capsys.readouterr().out
     if any(row["within_budget"] == "1" for row in history(Path("cut"))):
         assert Path("cut", "policy.json").is_file()
@@ -202,11 +212,11 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(
     # As a kill in the middle of a write would leave it.
     with Path("cut", "history.csv").open("a") as file:
         file.write("ddpg,99,8-")
-    assert call(search.main, "--out", "cut", *QUICK) == 2
+    assert call(search.main, "--out", "cut", *AGENTS) == 2
     assert "--resume cut" in capsys.readouterr().err
     assert call(search.main, "--resume", "cut") == 0
     for file in ("policy.json", "history.csv"):
-        assert Path("whole", file).read_bytes() == Path("cut", file).read_bytes()
+        assert (whole / file).read_bytes() == Path("cut", file).read_bytes()
     assert call(search.main, "--resume", "cut") == 2
     assert "is finished" in capsys.readouterr().err
 

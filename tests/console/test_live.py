@@ -12,14 +12,14 @@ from rich.console import Console
 from haq import search
 from haq.console import output
 from haq.console.progress import Live
-from tests.commands.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
+from tests.commands.test_search_command import AGENTS, SMALL, call, history, place  # noqa: F401
 
 
 def test_the_table_has_a_line_for_each_solver_and_tells_what_there_is_to_know(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100, color_system=None)
     monkeypatch.setattr(output, "Console", lambda **options: console)
-    assert call(search.main, *QUICK, "--out", "run") == 0
+    assert call(search.main, *AGENTS, "--out", "run") == 0
     shown = screen.getvalue()
     for heading in Live.COLUMNS:
         assert heading in shown
@@ -43,11 +43,11 @@ def test_it_fits_a_narrow_terminal() -> None:
 
 
 def test_without_a_terminal_it_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(search.main, *QUICK, "--out", "run") == 0
+    assert call(search.main, *AGENTS, "--out", "run") == 0
     out, err = capsys.readouterr()
     assert "of budget" not in out + err
     assert "━" not in out + err
-    assert call(search.main, *QUICK, "--out", "other", "--json") == 0
+    assert call(search.main, *AGENTS, "--solver", "random", "--out", "other", "--json") == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == json.loads(Path("other/result.json").read_text())
     assert "━" not in err

@@ -276,3 +276,15 @@ def test_decoded_images_are_shown_and_cleared(photographs: Path, capsys: pytest.
     assert main(["cache", "--clear"]) == 0
     assert decoded.kept_files() == []
     assert "freed" in capsys.readouterr().out
+
+
+def typed_network() -> nn.Module:
+    """One that no other test names."""
+    return network()
+
+
+def test_a_network_that_is_typed_may_be_code(photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from haq.data.__main__ import main
+
+    assert main([f"imagefolder:{photographs}", "--network", "test_any_size:typed_network"]) == 0
+    assert "3 x 16 x 16" in capsys.readouterr().out

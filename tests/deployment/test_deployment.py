@@ -184,13 +184,13 @@ def test_default_network(tmp_path: Path) -> None:
     assert isinstance(deployed(images), torch.Tensor)
 
 
-def test_readme_runs_it_without_torch(tmp_path: Path) -> None:
+def test_the_page_on_deployment_runs_it_without_torch(tmp_path: Path) -> None:
     network, images = small()
     quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=4, a=4), calibrate=images).eval()
     deployed = deploy.to_tvm(quantized, images, tmp_path / "deployed")
     np.save(tmp_path / "images.npy", images.numpy())
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(import json, sys.*?)```", readme, re.DOTALL)
+    page = (Path(__file__).parents[2] / "docs" / "guide" / "deployment.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(import json, sys.*?)```", page, re.DOTALL)
     (tmp_path / "example.py").write_text(f"{WITHOUT_TORCH}\n{example}")
     command = [sys.executable, "example.py", "deployed", "images.npy"]
     printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout

@@ -342,7 +342,7 @@ def test_a_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     graph = capture(quantized, x)
     for name, flavour in [("qonnx.core.modelwrapper", "qonnx"), ("onnx", "onnx")]:
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(ImportError, match=rf"the package {name.partition('.')[0]}: pip install 'haq\[onnx\]'"):
+        with pytest.raises(ImportError, match=rf"the package {name.partition('.')[0]}: pip install 'onnx>="):
             FLAVOURS[flavour].export(graph, quantized, tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
 

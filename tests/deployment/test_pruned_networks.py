@@ -95,9 +95,11 @@ def deployed(exporter: Exporter, network: nn.Module, x: Tensor, folder: Path) ->
 
 
 NETWORKS = ("branches", "mini", "one channel")
-LONG = ("tvm", "mini")  # to compile a network of many layers takes long
-CASES: list[Any] = [(to, name) for to in NEEDED for name in NETWORKS if (to, name) != LONG]
-CASES.append(pytest.param(*LONG, marks=pytest.mark.slow))
+# To compile takes long, and so do networks of many layers. Each exporter has a network, and each network an exporter.
+LONG = {("tvm", "mini"), ("tvm", "branches"), ("qonnx", "mini"), ("c", "mini"), ("c", "branches")}
+CASES: list[Any] = [
+    pytest.param(to, name, marks=pytest.mark.slow) if (to, name) in LONG else (to, name) for to in NEEDED for name in NETWORKS
+]
 
 
 @pytest.mark.parametrize(("to", "name"), CASES)

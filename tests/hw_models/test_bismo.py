@@ -46,7 +46,7 @@ def test_published_latencies_of_cloud(networks: dict[str, hw_models.Workload], v
 
 
 # The same for `edge`, batch 1: inferred, and nearly there. The printed V1 values at 4, 5 and 6 bits fit with the first
-# convolution at 8 bits in them, the other five without it (docs/edge.md).
+# convolution at 8 bits in them, the other five without it (docs/explanation/edge.md).
 @pytest.mark.parametrize(
     ("version", "bits", "first", "published", "ours"),
     [

@@ -82,7 +82,7 @@ def test_the_page_holds_all_that_is_compared() -> None:
 
 
 def check_page(rows: tuple[published_chips.Published, ...]) -> None:
-    page = (Path(__file__).parents[2] / "docs/chips.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/experiments/published_chips.md").read_text(encoding="utf-8")
     compared = published_chips.compare(rows)
     assert len(compared) == len(rows) > 0
     for row in compared:

@@ -30,6 +30,7 @@ from torch import nn
 import hw_models
 from haq import hardware, search
 from haq.console.errors import EXIT_BAD_INPUT, run_command
+from hw_models.extras import install_line
 from hw_models.measured.cache import TimingCache, cache_folder
 from hw_models.measured.processor import kept_processors
 from hw_models.tvm_cpu import measure as measuring
@@ -96,7 +97,7 @@ def test_nothing_imports_tvm_before_it_is_needed() -> None:
 def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     assert run_command(lambda: hardware.main(["show", "cpu"])) == EXIT_BAD_INPUT
-    assert capsys.readouterr().err == "error: the target cpu needs TVM: pip install 'haq[tvm]'\n"
+    assert capsys.readouterr().err == f"error: the target cpu needs TVM: {install_line('tvm')}\n"
 
 
 def test_options_of_measuring_are_for_measured_targets() -> None:

@@ -23,6 +23,7 @@ from haq import hardware, search
 from haq.console.errors import EXIT_BAD_INPUT, run_command
 from haq.study.config import SearchConfig, SweepConfig
 from haq.study.sweep_run import settings_on
+from hw_models.extras import install_line
 from hw_models.measured import trusted as trust
 from hw_models.measured.timing import Timing
 from hw_models.runtimes import measure as measuring
@@ -268,7 +269,7 @@ def test_what_can_not_be_had_is_said(monkeypatch: pytest.MonkeyPatch, capsys: py
             patch.setattr(runtime.importlib.util, "find_spec", lambda module: None)
             assert run_command(partial(hardware.main, ["show", name])) == EXIT_BAD_INPUT
         error = capsys.readouterr().err
-        assert error == f"error: the target {name} needs onnx and {name}: pip install 'haq[runtimes]'\n"
+        assert error == f"error: the target {name} needs onnx and {name}: {install_line('runtimes')}\n"
         with pytest.raises(
             ValueError, match=rf"target is for kernels that are compiled \(cpu, rpc:HOST:PORT\), not for {name}"
         ):

@@ -83,6 +83,11 @@ def test_budgets_as_text_or_by_metric(asked: Any) -> None:
     assert [(limit.metric, limit.unit) for limit in problem.limits] == [("latency", "s"), ("storage", "B")]
 
 
+def test_a_metric_that_is_the_same_for_all_policies_has_one_amount() -> None:
+    with pytest.raises(OutOfReach, match=r"peak_memory can be from (\S+ MB) \(1.000 of uniform 8 bits\) to \1$"):
+        problem_of(budget={"latency": 1.0, "peak_memory": "1kB"}, bits="4,8/8", batch=1001)
+
+
 def test_options_are_left_out_only_if_they_are_no_better_by_any_budget() -> None:
     """More weight bits that cost no time are better, unless they are stored."""
     one = problem_of(Free(), budget=0.6)

@@ -27,6 +27,7 @@ from haq.reporting.drawing import front
 from haq.store.units import describe_amount, percent
 from haq.study.config import SearchConfig, SweepConfig
 from haq.study.front import pareto
+from hw_models.extras import install_line
 from tests.commands.test_robustness_command import MODULE, lessen
 from tests.reporting.written_runs import OBJECTIVES, change, write, write_robustness, write_run
 
@@ -682,7 +683,7 @@ def test_without_the_extra_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "altair", None)
     sentence = refused(capsys, run)
     assert sentence.startswith("reports need altair, vl-convert-python and jinja2")
-    assert sentence.endswith("pip install 'haq[report]'")
+    assert sentence.endswith(install_line("report"))
 
 
 def test_help_names_the_arguments(capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,8 +170,8 @@ def test_the_picture_of_a_policy_has_room_for_wide_bars(run: RunFolder, cheapest
         axes = figure.axes[0]
         assert axes.get_ylim() == (-14, 14)
         assert "float" in [label.get_text() for label in axes.get_yticklabels()]
-        assert title in axes.get_title()
-        assert "within 40 kB storage and 256 kB peak memory too" in axes.get_title()
+        assert title in figure.get_suptitle()
+        assert "within 40 kB storage and 256 kB peak memory too" in figure.get_suptitle()
 
 
 def test_a_policy_that_has_no_cost_is_named(run: RunFolder) -> None:

@@ -51,9 +51,9 @@ def nodes() -> Iterator[Any]:
 def test_every_solver_finds_the_same_on_two_machines(nodes: Any) -> None:
     problem = make_problem(small_network())
     asked = ("random", "ilp", "ddpg")
-    alone = [rows(problem, solver) for solver in asked]
+    alone = [rows(problem, solver, 12) for solver in asked]
     with working(problem.evaluator, None, nodes.address):
-        assert [rows(problem, solver) for solver in asked] == alone
+        assert [rows(problem, solver, 12) for solver in asked] == alone
         pool: Any = problem.evaluator.pool
         wait_for(lambda: pool.evaluate(problem.uniform(5)) and pool._crew.workers == 2)
     assert problem.evaluator.pool is None

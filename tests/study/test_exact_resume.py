@@ -12,13 +12,21 @@ import torch
 
 from experiments import kills
 from haq import finetune, search
+from haq.solvers import agents
 from haq.store.checkpoint import Checkpoint
 from haq.study import search_steps
 from haq.study.search_run import SearchRun
 from tests.commands.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
 
-AGENT = [*SMALL, "--evaluations", "40", "--finetune-epochs", "0"]
+EVALUATIONS, WARM_UP = 16, 6  # of which an agent's first are random
+AGENT = [*SMALL, "--evaluations", str(EVALUATIONS), "--finetune-epochs", "0"]
 HAQ = [*AGENT, "--env", "haq"]  # whose agents keep checkpoints; all others are taught again by the history
+
+
+@pytest.fixture(autouse=True)
+def warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let agents of HAQ's environment be random for a shorter time, and act for the rest."""
+    monkeypatch.setattr(agents, "WARM_UP", WARM_UP)
 
 
 class Killed(BaseException):
@@ -56,7 +64,7 @@ def same(one: str, other: str) -> list[str]:
 
 
 # Before any checkpoint, after a checkpoint, and between an evaluation and its checkpoint.
-EARLY, AFTER, LATE = (SearchRun, "record", 7), (Checkpoint, "write", 2), (SearchRun, "record", 39)
+EARLY, AFTER, LATE = (SearchRun, "record", 7), (Checkpoint, "write", 2), (SearchRun, "record", EVALUATIONS - 1)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +178,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 def test_on_another_processor_an_agent_may_go_another_way_from_its_checkpoint_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cut(monkeypatch, SearchRun, "record", 39, search.main, *HAQ, "--ahead", "3", "--out", "cut")
+    cut(monkeypatch, SearchRun, "record", EVALUATIONS - 1, search.main, *HAQ, "--ahead", "3", "--out", "cut")
     state = torch.load("cut/checkpoint/ddpg.state", weights_only=True)
     rows = Path("cut/history.csv").read_text().splitlines()
     known = len(rows) - 1
@@ -182,8 +190,8 @@ def test_on_another_processor_an_agent_may_go_another_way_from_its_checkpoint_on
     assert "goes on from evaluation" in caplog.text
     after = Path("cut/history.csv").read_text().splitlines()
     assert after[: known - 3] == rows[: known - 3]
-    assert len([row for row in after if row.startswith("ddpg,")]) == 40
-    assert len({row.split(",")[1] for row in after if row.startswith("ddpg,")}) == 40
+    assert len([row for row in after if row.startswith("ddpg,")]) == EVALUATIONS
+    assert len({row.split(",")[1] for row in after if row.startswith("ddpg,")}) == EVALUATIONS
 
 
 def test_a_history_that_cannot_have_been_is_refused(
@@ -218,7 +226,7 @@ def test_fine_tuning_within_a_search_goes_on(
 
 
 def test_the_command_that_fine_tunes_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(search.main, *QUICK, "--out", "whole") == 0
+    assert call(search.main, *QUICK, "--solver", "random", "--out", "whole") == 0
     shutil.copytree("whole", "cut")
     asked = ["--epochs", "5", "--seed", "3"]
     assert call(finetune.main, "whole", *asked) == 0

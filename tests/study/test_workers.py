@@ -20,7 +20,7 @@ from haq.problem.evaluator import Evaluation
 from haq.solvers.base import Session, Trial, solve
 from haq.study.workers import processes
 from haq.study.workers.processes import working
-from tests.commands.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
+from tests.commands.test_search_command import AGENTS, QUICK, SMALL, call, history, place  # noqa: F401
 from tests.conftest import images, make_problem, small_network
 
 Rows = list[tuple[int, Evaluation, float, object]]
@@ -42,10 +42,10 @@ def rows(problem: haq.Problem, solver: str, evaluations: int = 24, env: str = "p
 def test_every_solver_finds_the_same_with_any_number_of_workers() -> None:
     problem = make_problem(small_network())
     asked = [("random", "plan"), ("evolution", "plan"), ("ilp", "plan"), ("ddpg", "plan"), ("sac", "haq")]
-    alone = [rows(problem, solver, 16, env=env) for solver, env in asked]
+    alone = [rows(problem, solver, 12, env=env) for solver, env in asked]
     for count, some in ((1, 3), (2, 5)):  # agents learn again each time, so that one number must do for them
         with working(problem.evaluator, count):
-            assert [rows(problem, solver, 16, env=env) for solver, env in asked[:some]] == alone[:some]
+            assert [rows(problem, solver, 12, env=env) for solver, env in asked[:some]] == alone[:some]
     assert problem.evaluator.pool is None
 
 
@@ -155,8 +155,8 @@ def test_what_goes_wrong_there_is_told_here() -> None:
 
 
 def test_the_search_command_writes_the_same_with_workers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(search.main, *QUICK, "--out", "alone") == 0
-    assert call(search.main, *QUICK, "--out", "together", "--workers", "2") == 0
+    assert call(search.main, *AGENTS, "--out", "alone") == 0
+    assert call(search.main, *AGENTS, "--out", "together", "--workers", "2") == 0
     assert history(Path("alone")) == history(Path("together"))
     for name in (
         "policy.json",

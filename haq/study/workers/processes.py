@@ -66,6 +66,9 @@ class Crew:
             count: How many there are.
             on_news: Told, while tasks are waited for, what workers tell of what they are at.
             devices: Where what is given is in the workers, in turn, if it isn't on the CPU here.
+
+        Raises:
+            OSError: If there is no room for what is given, naming the folder of temporary files.
         """
         self._devices = list(devices)
         self._on_news = on_news

@@ -32,6 +32,7 @@ from haq.store import files as store_files
 from haq.study.search_run import HISTORY
 from haq.study.task import versions
 from haq.study.workers import moving
+from hw_models.extras import install_line
 
 logger = logging.getLogger("haq")
 GROWTH = 2.0  # seconds between two looks at whether the cluster is there, and has become larger
@@ -62,13 +63,14 @@ def connected(address: str) -> Iterator[None]:
 
     Raises:
         ImportError: Without Ray.
+        ValueError: For an address of another form.
         ConnectionError: If there is no cluster.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told
     try:
         import ray
     except ImportError as error:
-        raise ImportError("--ray needs Ray: pip install 'haq[ray]'") from error
+        raise ImportError(f"--ray needs Ray: {install_line('ray')}") from error
     remedy = "give auto on a machine of the cluster, HOST:PORT of its head, or local"
     if address not in ("auto", "local"):
         host, _, port = address.rpartition(":")

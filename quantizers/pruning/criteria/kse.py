@@ -102,6 +102,9 @@ class KernelSparsityEntropy(Criterion, name="kse"):
     Attributes:
         neighbours: How many of the nearest kernels make up a kernel's density: 5 in the paper's code.
         entropy_weight: How much the entropy counts beside the sparsity: 1 in the paper's code.
+
+    Raises:
+        ValueError: For fewer than one neighbour, and for a weight that is negative or not finite.
     """
 
     neighbours: int = NEIGHBOURS
