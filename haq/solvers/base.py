@@ -181,6 +181,7 @@ class Session:
         on_trial: Is told every trial, once it is among `trials`.
         sensitivities: What a solver that works with them need not measure; None lets it measure those of
             `sensitivity_kind`, which it leaves here and tells `on_sensitivities`.
+        predicted: What gradients predict of the loss, if the solver computed that: others need not compute it again.
         known: Trials of other searches of the same network and samples, whatever they were searched for. They aren't counted
             and aren't among `trials`; a solver may learn from them.
         env: The environment of agents: "plan" or "haq".
@@ -215,6 +216,7 @@ class Session:
     trials: list[Trial] = field(default_factory=list)
     best: Trial | None = None
     saturated: list[float] = field(default_factory=list)
+    predicted: Sensitivities | None = None
     origins: list[str] = field(default_factory=list)
     proposers: list[str] = field(default_factory=list)
     failure: Exception | None = None

@@ -568,7 +568,7 @@ class Search:
         """
         known = self.session.sensitivities
         if known is None:
-            known = sensitivity.predicted(self.problem)
+            known = self.session.predicted = sensitivity.predicted(self.problem)
         if known is None:
             return None
         return known.table(self.problem)

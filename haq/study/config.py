@@ -352,8 +352,8 @@ class SearchConfig(_Config):
     seed: int = setting(0, "of everything random but the data's splits", group=SOLVING, least=0)
     finetune_epochs: int = setting(
         12,
-        f"of the network that was found; it ends after {GIVE_UP_AFTER} if neither comes nearer to the float network; 0 leaves "
-        "fine-tuning out",
+        f"of the network that was found; it ends after {GIVE_UP_AFTER} steps if these come no nearer to the float network; 0 "
+        "leaves fine-tuning out",
         group=TUNING,
         least=0,
     )

@@ -116,10 +116,15 @@ def _packed(right: Tensor) -> str:
 def _measured(task: SearchTask, policy: Q.BitPolicy | None) -> tuple[dict[str, float | None], BySample]:
     """Measure a policy (None: the float network) once; see `measure`."""
     if policy not in task.measured or policy not in task.by_sample:
-        module = task.network.module
-        if policy is not None:
-            module = task.problem.evaluator.prepared(policy)
-        task.measured[policy], task.by_sample[policy] = measure(task, module)
+        evaluator = task.problem.evaluator
+        if policy is None:
+            task.measured[policy], task.by_sample[policy] = measure(task, task.network.module)
+        elif evaluator.tune is not None or evaluator.pool is not None:
+            task.measured[policy], task.by_sample[policy] = measure(task, evaluator.prepared(policy))
+        else:
+            # What the search evaluated is known.
+            judged = evaluator.evaluate(policy), evaluator.by_sample(policy)
+            task.measured[policy], task.by_sample[policy] = measure(task, evaluator.prepared(policy), judged)
     return task.measured[policy], task.by_sample[policy]
 
 
@@ -143,12 +148,15 @@ def _paired_errors(task: SearchTask, by_sample: BySample, others: BySample, name
     return found
 
 
-def measure(task: SearchTask, module: nn.Module) -> tuple[dict[str, float | None], BySample]:
+def measure(
+    task: SearchTask, module: nn.Module, known: tuple[Evaluation, Tensor | None] | None = None
+) -> tuple[dict[str, float | None], BySample]:
     """Measure a network on the search split, exactly as policies were judged, and on the test split.
 
     Args:
         task: The search.
         module: The network.
+        known: What it was measured to give on the search split, if that is known, and its value on every sample there.
 
     Returns:
         Values by the keys of files; and by split the value of every sample, None where values aren't means over samples.
@@ -159,7 +167,7 @@ def measure(task: SearchTask, module: nn.Module) -> tuple[dict[str, float | None
         for name, split in (("search", task.dataset.search), ("test", task.dataset.test)):
             values[share_key(name, other.name)] = finite(measure_on(other, task.network, split, module, called=name))
     key = share_key("search", objective.name)
-    judged, by_sample = task.problem.evaluator.measure_by_sample(module.eval())
+    judged, by_sample = known or task.problem.evaluator.measure_by_sample(module.eval())
     values[key] = finite(judged.accuracy)
     if judged.error is not None:
         values[error_key(key)] = finite(judged.error)

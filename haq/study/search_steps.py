@@ -184,11 +184,12 @@ def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequenc
     """
     kind = rivals.kind
     sensitivities = run.sensitivities(task)
+    predicted: Sensitivities | None = None
     found = _Found()
     for name in solvers:
         if name != task.config.solver and kind is not None:
             try:
-                sensitivities = sensitivities or computed(task.problem, kind)
+                sensitivities = sensitivities or predicted or computed(task.problem, kind)
             except (RuntimeError, ValueError) as error:
                 # A network need not be one that gradients go through; what was found is there all the same.
                 logger.warning(f"no rivals: their sensitivities can't be computed ({' '.join(str(error).split())[:200]})")
@@ -205,6 +206,8 @@ def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequenc
         found.trials[name] = session.trials
         if name == task.config.solver:
             found.contribution = contribution(session)
+            if kind == CHEAP:
+                predicted = session.predicted
         if session.saturated:
             found.saturated[name] = statistics.mean(session.saturated)
     return found

@@ -643,7 +643,7 @@ def tuning_sentence(tuning: Mapping[str, Any]) -> str:
         )
     tried = f"no epoch of {record.epochs}"
     if record.stopped is not None:
-        tried, ended = f"no epoch of the first {record.stopped}, after which it ended,", ""
+        tried, ended = f"no epoch of {record.epochs} until it ended early, after epoch {record.stopped},", ""
     return (
         f"Fine-tuning did not help, {judged}: {tried} was better than the network before ({before}), "
         f"which was kept{ended}. Try a lower --learning-rate, or more {record.samples_are}."

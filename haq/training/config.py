@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 AUXILIARY = 0.3  # weight of an auxiliary output's loss (Szegedy et al., "Going deeper with convolutions", CVPR 2015)
 
 SHARE_OF_USUAL = 0.3  # of the learning rate that an optimizer of torch has by default, for fine-tuning
-GIVE_UP_AFTER = 2  # epochs that end the fine-tuning of a search, where none comes nearer to the float network
+GIVE_UP_AFTER = 200  # steps of the fine-tuning of a search, after which it ends if it came no nearer to the float network
 ENOUGH_STEPS = 100  # of fine-tuning: with fewer, its default learning rate is lower
 
 OnEpoch = Callable[[int, float], None]  # epochs done, and the mean loss of the last
@@ -140,8 +140,8 @@ class TrainConfig:
         amp: Whether networks compute in half precision where that is safe (`torch.autocast`): bfloat16, or float16 with scaled
             losses on GPUs that can't do that. Parameters and quantization scales stay float32, and so do losses.
         auxiliary: Weight of the losses of auxiliary outputs, which some networks have in training mode.
-        give_up_after: So many epochs end a training, if none of them has a lower loss on held-out samples than the network
-            before, where that was judged; None: none do. It costs little where training helps, as then the first epochs do.
+        give_up_after: A training ends after the epoch in which it has taken so many steps, if none until then had a lower loss
+            on held-out samples than the network before, where that was judged; None: it doesn't.
 
     Raises:
         ValueError: Naming the setting and its value, for what no training can have.
@@ -179,7 +179,7 @@ class TrainConfig:
             raise ValueError(f"patience is {self.patience!r}; it must be a number of epochs of at least 1, or None for no end")
         if self.give_up_after is not None and (not isinstance(self.give_up_after, int) or self.give_up_after < 1):
             raise ValueError(
-                f"give_up_after is {self.give_up_after!r}; it must be a number of epochs of at least 1, or None for no end"
+                f"give_up_after is {self.give_up_after!r}; it must be a number of steps of at least 1, or None for no end"
             )
         if not (math.isfinite(self.auxiliary) and self.auxiliary >= 0):
             raise ValueError(f"auxiliary is {self.auxiliary!r}; it must be a number, not below 0")

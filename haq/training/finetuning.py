@@ -126,8 +126,8 @@ def finetune(
         optimizer: `sgd`, `adam` or a class of torch.optim by name; see `TrainConfig`.
         schedule: Of the learning rate, by name; see `TrainConfig`.
         patience: So many epochs in a row without a lower loss on what is held out end the training.
-        give_up_after: So many epochs end the training, if none of them has a lower loss there than the network before; None:
-            none do.
+        give_up_after: The training ends after the epoch in which it has taken so many steps, if no epoch until then has a
+            lower loss there than the network before; None: it doesn't.
         amp: Whether networks compute in half precision; see `TrainConfig`. They are judged in float32.
         state: Keeps what it takes to go on after every epoch; what it holds is gone on from.
         on_epoch: Told the epochs done and the last one's mean loss.

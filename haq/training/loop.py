@@ -259,9 +259,9 @@ class Training:
 
     @property
     def is_hopeless(self) -> bool:
-        """Say whether the first epochs, as many as are allowed for that, all have no lower loss than the network before."""
+        """Say whether no epoch has a lower loss than the network before, after as many steps as are allowed for that."""
         after = self.config.give_up_after
-        if after is None or self.least is None or len(self.judged) < after:
+        if after is None or self.least is None or self.step < after:
             return False
         return all(judgement.loss >= self.least.loss for judgement in self.judged)
 

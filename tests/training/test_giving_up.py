@@ -17,7 +17,7 @@ BEFORE = Judgement(0.9, 0.3, 40)
 def trained(losses: list[float], before: Judgement | None = BEFORE, after: int | None = 2) -> Outcome:
     """Train with judgements of these losses."""
     rest = iter(losses)
-    x = images(32)
+    x = images(32)  # an epoch is one step
     config = training.TrainConfig(len(losses), 0.01, 0, give_up_after=after)
     judge = lambda module: Judgement(0.9, next(rest), 40)  # noqa: E731
     split = data.Split(x, torch.zeros(32, dtype=torch.long))
@@ -44,7 +44,7 @@ def test_one_that_was_better_goes_on_to_its_end(losses: list[float]) -> None:
 def test_nobody_gives_up_unasked_or_without_knowing_what_was_before() -> None:
     assert len(trained([0.4, 0.4, 0.4], after=None).epochs) == 3
     assert len(trained([0.4, 0.4, 0.4], before=None).epochs) == 3
-    with pytest.raises(ValueError, match="give_up_after is 0; it must be a number of epochs of at least 1"):
+    with pytest.raises(ValueError, match="give_up_after is 0; it must be a number of steps of at least 1"):
         training.TrainConfig(1, 0.1, 0, give_up_after=0)
 
 
@@ -54,6 +54,6 @@ def test_what_was_tried_is_told() -> None:
     entry = names | {"samples_are": "images", "objective": "agreement"} | tuning_entry(outcome, 3)
     entry["images"] = 40
     sentence = tuning_sentence(entry)
-    assert "no epoch of the first 2, after which it ended, was better than the network before" in sentence
+    assert "no epoch of 3 until it ended early, after epoch 2, was better than the network before" in sentence
     entry["stopped"] = None
     assert "no epoch of 3 was better" in tuning_sentence(entry)
