@@ -39,4 +39,4 @@ bench:
 docs:
 	.venv/bin/python docs/build.py
 	.venv/bin/codespell README.md CONTRIBUTING.md CHANGELOG.md docs haq envs hw_models quantizers experiments
-	.venv/bin/pytest -n 2 tests/site
+	HAQ_SITE=1 .venv/bin/pytest -n 2 tests/site
