@@ -37,8 +37,14 @@
       list.setAttribute("aria-label", title);
     }
   };
+  // Every block of code gets a part of navigation without a name, for its button alone.
+  const hushButtons = () => {
+    for (const part of document.querySelectorAll("nav.md-code__nav:not([role])")) part.setAttribute("role", "none");
+  };
   addEventListener("load", () => {
     nameLists();
+    hushButtons();
+    new MutationObserver(hushButtons).observe(document.body, { childList: true, subtree: true });
     update();
     document.documentElement.dataset.ready = "true";
   });

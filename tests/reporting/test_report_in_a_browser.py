@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 import shutil
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from haq import report
 from haq.reporting.reading import RunFolder, read_folder
@@ -213,7 +216,7 @@ def test_colour_is_never_the_only_mark(browser: Any, run: Path) -> None:
             assert len({shape for shape, _ in symbols}) == len({color for _, color in symbols}) == len(symbols), box
 
 
-@pytest.mark.parametrize("width", [320, 360, 768, 1280])
+@pytest.mark.parametrize("width", [320, 360, 768, 1100, 1280])
 def test_the_page_never_scrolls_sideways(width: int, browser: Any, several: Path) -> None:
     with opened(browser, several, viewport={"width": width, "height": 740}) as page:
         page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
@@ -230,6 +233,27 @@ def test_the_page_never_scrolls_sideways(width: int, browser: Any, several: Path
 OUTSIDE = """width => [...document.querySelectorAll("body *")].filter(one =>
     !one.closest(".scroll, .hidden, .skip, #vg-tooltip-element") && one.getBoundingClientRect().right > width + 1
 ).map(one => one.outerHTML.slice(0, 200))"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_table_that_scrolls_on_a_phone_shows_that_there_is_more(scheme: str, browser: Any, run: Path) -> None:
+    with opened(browser, run / "report.html", viewport={"width": 360, "height": 740}, color_scheme=scheme) as page:
+        box = page.locator(".scroll:has(> table)").first
+        assert box.evaluate("box => box.scrollWidth > box.clientWidth + 20")
+        paper = luminance(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert abs(edge(box, "left") - paper) < 0.03
+        assert abs(edge(box, "right") - paper) > 0.1
+        box.evaluate("box => { box.scrollLeft = box.scrollWidth; }")
+        assert abs(edge(box, "left") - paper) > 0.1
+        assert abs(edge(box, "right") - paper) < 0.03
+
+
+def edge(box: Any, side: str) -> float:
+    """The luminance of most of what is seen in the outermost columns of a box; text covers less than half of it."""
+    with Image.open(io.BytesIO(box.screenshot())) as picture:
+        columns = {"left": (1, 3), "right": (picture.width - 3, picture.width - 1)}[side]
+        colors = [picture.convert("RGB").getpixel((x, y)) for x in range(*columns) for y in range(picture.height)]
+    return statistics.median(luminance(f"rgb{color}") for color in colors)
 
 
 def test_on_paper_it_is_light_and_nothing_is_cut_off(browser: Any, run: Path) -> None:
