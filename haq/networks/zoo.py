@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-LIBRARIES = ("timm", "torchvision", "pytorchcv")
+LIBRARIES = ("timm", "torchvision", "pytorchcv")  # in which a name is looked for, in this order
 _DECLARED: list[torch.library.Library] = []  # a declaration lives as long as its Library object
 
 
