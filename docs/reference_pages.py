@@ -296,7 +296,7 @@ def module_page(module: str) -> str:
 
 def commands() -> str:
     """Write a list of all commands, and a chapter for each with what its parser takes."""
-    context = click.Context(HAQ, info_name="haq")
+    context = click.Context(HAQ, info_name="haq", **HAQ.context_settings)
     lists, chapters = [], []
     for heading, names in headed(context):
         rows = []
@@ -330,7 +330,7 @@ def command_chapters(command: click.Command, path: Sequence[str]) -> Iterator[st
     Yields:
         Parts of the page.
     """
-    context = click.Context(command, info_name=" ".join(path))
+    context = click.Context(command, info_name=" ".join(path), **command.context_settings)
     level = "#" * len(path)
     yield f"{level} {' '.join(path)} {{ #{anchor(path)} }}\n"
     yield help_text(command)

@@ -186,7 +186,15 @@ class LookupTarget:
 def load_lookup_table(path: Path) -> LookupTarget:
     """Read a table.
 
-    Raises ValueError naming the line, the layer or shape and the widths of what is wrong or twice there.
+    Args:
+        path: The CSV file; the module says which columns it has.
+
+    Returns:
+        A target that costs what was measured.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: Naming the line, the layer or shape and the widths of what is wrong or twice there.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no table {path}")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from hw_models.widths import PLACES, WIDTHS
 from hw_models.workload import Layer, Workload
 
+# The unit of each metric.
 UNITS = {
     "latency": "s",
     "energy": "J",
@@ -27,7 +28,7 @@ UNITS = {
     "memory_traffic": "B",
     "peak_memory": "B",
 }
-METRICS = tuple(UNITS)
+METRICS = tuple(UNITS)  # what a budget can be of
 OF_TARGETS = ("latency", "energy", "storage")  # priced by a target; the others are counted
 PEAK = "peak_memory"
 STORED_ONCE = ("storage", "average_weight_bits")  # where layers that share a weight want it at one width

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quantizers.scheme import Scheme, SchemeLayer
 
+# How gradients can pass quantized inputs, as `backward_mode` takes it.
 BACKWARD = ("ste", "bpda-identity", "bpda-soft", "hard")
 HALF_WINDOWS = (0.25, 0.5, 1.0, 2.0)  # steps; the slopes over the four are averaged
 

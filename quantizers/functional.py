@@ -26,7 +26,7 @@ from torch import Tensor, nn
 MAX_BITS = 8  # the widest of the few-bit widths
 WIDE_BITS = 16  # the one wider width: rounding to it loses next to nothing
 FEW_BITS = range(1, MAX_BITS + 1)
-WIDTHS = (*FEW_BITS, WIDE_BITS)
+WIDTHS = (*FEW_BITS, WIDE_BITS)  # of integers: 1 to 8 bits, and 16
 ACCEPTED = f"1 to {MAX_BITS}, {WIDE_BITS} or float"  # of an operand, in messages
 # Elements that are divided, rounded, clamped and multiplied while they are in the processor's
 # cache.

@@ -41,7 +41,7 @@ def commands(pages: Any) -> str:
 
 def all_commands(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     """Go through a command and those in it."""
-    context = click.Context(command)
+    context = click.Context(command, **command.context_settings)
     yield path, command
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
@@ -61,7 +61,7 @@ def test_every_option_has_a_row(commands: str) -> None:
     rows = [line for line in commands.splitlines() if line.startswith("| <span")]
     count = 0
     for path, command in all_commands(cli, ("haq",)):
-        for param in command.get_params(click.Context(command)):
+        for param in command.get_params(click.Context(command, **command.context_settings)):
             if isinstance(param, click.Option) and param.hidden:
                 continue
             count += 1

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from haq.data.loading import has_any_size as has_any_size
     from haq.data.loading import load as load
 
-DEFAULT = "fashion-mnist-12k"
+DEFAULT = "fashion-mnist-12k"  # the data that commands take where none are named
 
 
 def _lacking(thing: Any) -> str:

@@ -24,8 +24,8 @@ from haq.data.sources import Columns, Source, Stream
 from haq.data.structures import Batch, length, pieces
 from quantizers.calling import inputs_of, leaves, targets_of
 
-SPLIT_SEED = 0
-UNLABELLED = -1
+SPLIT_SEED = 0  # of what is held out of the train split for the search
+UNLABELLED = -1  # in place of a label where there is none
 COMPARED = 64  # images of each split whose values are compared
 FEW = 8  # of those that aren't in memory
 MOST_APART = 50.0  # times that values of two splits may differ on average: 0..1 and 0..255 are 255 times apart

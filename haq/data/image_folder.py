@@ -11,6 +11,7 @@ import torch
 from haq.data.dataset import SPLIT_SEED, UNLABELLED, Dataset, ImageFiles, Split, for_search, without
 from haq.data.memory import default_bytes
 
+# The ends of names of files that are taken for images.
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MOST_SEARCHED = 2000  # images of the search split, where nobody says otherwise
 # What file managers and storage boxes put beside photographs; so do names that begin with a dot.

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from haq.networks.zoo import LIBRARIES as LIBRARIES
     from haq.networks.zoo import import_zoo as import_zoo
 
-DEFAULT = "mobilenet-mini"
-CHECKPOINT_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+DEFAULT = "mobilenet-mini"  # the network that commands take where none is named
+CHECKPOINT_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")  # of files that are read
 
 
 def _lacking(thing: Any) -> str:
@@ -80,6 +80,7 @@ def is_file(path: Path) -> bool:
         return False
 
 
+# Functions that make networks, by name.
 NETWORKS: Registry[Any] = Registry(
     "network",
     "haq.networks",

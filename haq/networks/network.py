@@ -15,8 +15,8 @@ from quantizers.copying import evaluating
 
 IMAGE_SIZE = 224  # of images that can be had in any size, for a network that takes any
 WORDS = (torch.int64, torch.int32)  # types of inputs that are words of a text
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of images in [0, 1], by channel
+IMAGENET_STD = (0.229, 0.224, 0.225)  # their standard deviations
 
 
 @dataclass(frozen=True)

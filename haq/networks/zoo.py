@@ -13,7 +13,7 @@ from torch import nn
 
 from hw_models.extras import install_line
 
-LIBRARIES = ("timm", "torchvision", "pytorchcv")
+LIBRARIES = ("timm", "torchvision", "pytorchcv")  # in which a name is looked for, in this order
 _DECLARED: list[torch.library.Library] = []  # a declaration lives as long as its Library object
 
 

@@ -57,6 +57,7 @@ class Objectives(Registry["type[Objective] | Objective"]):
         return robust(self._find(plain, modules))
 
 
+# Objectives by name.
 OBJECTIVES = Objectives(
     "objective",
     "haq.objectives",

@@ -109,7 +109,7 @@ class Outcome:
 
 
 OnJudged = Callable[[int, Judgement], None]  # epochs done, and what the network is worth
-OnOutcome = Callable[[Outcome], None]
+OnOutcome = Callable[[Outcome], None]  # told how a training ended
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,7 @@ def lacking(thing: Any) -> str:
     return _lacking_names(thing)
 
 
+# Training methods by name.
 METHODS: Registry[type[Method]] = Registry(
     "training method",
     "haq.training_methods",
