@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 RUN = "run"  # the folder of a small search
-SMALL = ("--evaluations", "10", "--finetune-epochs", "1", "--search-images", "200")
+SMALL = ("--evaluations", "10", "--finetune-epochs", "1")
 # What each extra is for, tried once: commands of haq, or else a line of Python.
 USES: dict[str, tuple[str, ...]] = {
     "tvm": (f"deploy {RUN} --to tvm --out tvm",),
@@ -33,7 +33,7 @@ USES: dict[str, tuple[str, ...]] = {
     "robustness": ("robustness mobilenet-mini --data fashion-mnist-12k --attacks fgsm --images 8 --out attacked",),
     "report": (f"report {RUN} --out page.html",),
     "prune": ("search --hw edge --prune 0.5,1 --dry-run",),
-    "ray": ("search --hw edge --ray local --workers 1 --evaluations 2 --finetune-epochs 0 --search-images 100 --out ray",),
+    "ray": ("search --hw edge --ray local --workers 1 --evaluations 2 --finetune-epochs 0 --out ray",),
     "zoo": (
         "import haq.networks as n; n.load('efficientnet-lite0')",
         "deploy --check timm:mobilenetv3_small_100 --to c",
