@@ -89,7 +89,7 @@ def cores() -> int:
 def made_with(seconds: float) -> str:
     """Say how long the command took, on what and with what."""
     versions = f"haq {__version__}, torch {version('torch')}, Python {platform.python_version()}"
-    today = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
+    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     return f"{seconds:.0f} s on {cores()} cores of {processor()}, {today}\n({versions})"
 
 
