@@ -37,12 +37,19 @@
       list.setAttribute("aria-label", title);
     }
   };
+  // The corner of a table is no heading of anything.
+  const emptyCorners = () => {
+    for (const corner of document.querySelectorAll(".md-typeset th")) {
+      if (!corner.textContent.trim() && !corner.firstElementChild) corner.replaceWith(document.createElement("td"));
+    }
+  };
   // Every block of code gets a part of navigation without a name, for its button alone.
   const hushButtons = () => {
     for (const part of document.querySelectorAll("nav.md-code__nav:not([role])")) part.setAttribute("role", "none");
   };
   addEventListener("load", () => {
     nameLists();
+    emptyCorners();
     hushButtons();
     new MutationObserver(hushButtons).observe(document.body, { childList: true, subtree: true });
     update();
