@@ -343,7 +343,10 @@ def prepared(module: Any, name: str, kernel: Kernel, rng: np.random.Generator, c
 
 
 def quantized(
-    sums: NDArray[np.int64], multiplier: NDArray[np.float32], offset: NDArray[np.float32] | float, factor: float = 1.0
+    sums: NDArray[np.int64],
+    multiplier: NDArray[np.float32],
+    offset: NDArray[np.float32] | np.float32 | float,
+    factor: float = 1.0,
 ) -> NDArray[np.uint8]:
     """What kernels make of their sums, in float32."""
     scale = np.broadcast_to(multiplier, sums.shape)

@@ -479,7 +479,7 @@ int main(void)
         kernel = f"{conv.kernel[0]}x{conv.kernel[1]}"
         what = f"{identifier(step.name)}: {kernel}, {conv.in_channels} to {conv.out_channels} channels"
         # A channel's weights lie as its inputs do.
-        weights = np.ascontiguousarray(step.weights.transpose(0, 2, 3, 1))
+        weights: NDArray[Any] = np.ascontiguousarray(step.weights.transpose(0, 2, 3, 1))
         fields = [
             self._window(conv.input_size, conv.in_channels, conv.output_size, conv.out_channels, conv),
             f"    .groups = {conv.groups},",

@@ -38,7 +38,7 @@ class FoldedWeights:
         for channel in np.flatnonzero(scale <= 0):
             if scale[channel] == 0:
                 q[channel] = 0
-                scale[channel] = max(float(np.abs(scale).max()), np.finfo(np.float32).tiny)
+                scale[channel] = max(float(np.abs(scale).max()), float(np.finfo(np.float32).tiny))
             elif self.bits == 1 or q[channel].min() > -(2 ** (self.bits - 1)):
                 q[channel] = -q[channel]
                 scale[channel] = -scale[channel]

@@ -189,7 +189,9 @@ def border_sums(conv: Conv, weights: NDArray[np.integer]) -> tuple[NDArray[np.in
     return np.array([(whole * some).sum((1, 2)) for some in taps], np.int32), rows, columns
 
 
-def fma(x: NDArray[np.float32], y: NDArray[np.float32] | float, z: NDArray[np.float32] | float) -> NDArray[np.float32]:
+def fma(
+    x: NDArray[np.float32], y: NDArray[np.float32] | np.float32 | float, z: NDArray[np.float32] | np.float32 | float
+) -> NDArray[np.float32]:
     """Return x * y + z in float32, rounded once.
 
     Args:

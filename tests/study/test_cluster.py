@@ -286,7 +286,8 @@ def test_a_cluster_that_is_full_is_waited_for_and_that_is_told(
     problem.evaluator.cache.clear()
     with caplog.at_level(logging.WARNING, "haq"), working(problem.evaluator, None, nodes.address):
         pool: Any = problem.evaluator.pool
-        others = [ray.remote(num_cpus=1)(Idle).remote() for _ in range(2)]  # type: ignore[attr-defined]
+        idle: Any = ray.remote(num_cpus=1)(Idle)
+        others = [idle.remote() for _ in range(2)]
         ray.get([other.ready.remote() for other in others])
         pool.expect([problem.uniform(4)])
         wait_for(lambda: not list(pool._crew.wait()) and "no processor of the Ray cluster is free yet" in caplog.text)
