@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -238,8 +239,18 @@ class _Recorder(TorchDispatchMode):
         if self._visits:
             self._visits[-1].dependent.add(_storage(output))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise torch imports its compiler when the first operation comes, which takes as long as torch itself.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if "torch._dynamo" in sys.modules:
+            # A network that is compiled mustn't compile what watches it.
+            return torch.compiler.disable(self._record)(func, args, kwargs or {})
+        return self._record(func, args, kwargs or {})
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.is_inference_mode_enabled():
             # Here alone do operations come that are made of others, such as `matmul`.
             with self:
