@@ -147,7 +147,7 @@ def build(executed: Sequence[str]) -> None:
         for name, seconds in zip(executed, pool.map(execute, executed), strict=True):
             print(f"{seconds:6.1f} s  {name}", flush=True)
     write_reference(BUILT)
-    subprocess.run([sys.executable, "-m", "mkdocs", "build", "--quiet"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "mkdocs", "build"], cwd=ROOT, check=True)
     print(f"Written: {ROOT / 'site' / 'index.html'}")
 
 

@@ -42,7 +42,8 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def pages(site: Path) -> list[Path]:
     """What is looked at in a browser: all pages that are written by hand, and some of those of modules."""
-    found = sorted(site.glob("*.html")) + [page for folder in FOLDERS for page in sorted((site / folder).glob("*.html"))]
+    found = [page for page in sorted(site.glob("*.html")) if page.name != "404.html"]  # whose addresses begin at the root
+    found += [page for folder in FOLDERS for page in sorted((site / folder).glob("*.html"))]
     found += sorted((site / "reference").glob("*.html"))
     modules = sorted((site / "reference" / "python").glob("*.html"), key=lambda page: page.stat().st_size)
     # The very largest says nothing that the next ones don't, and takes as long as all others together.
