@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq.problem.chance import standard_error
-from haq.problem.evaluator import Evaluation
+from haq.problem.evaluator import Evaluation, Evaluator
 from haq.problem.paired import error_of_difference
 from haq.problem.problem import Problem
 from haq.problem.tally import measure as measure_on
@@ -119,13 +119,19 @@ def _measured(task: SearchTask, policy: Q.BitPolicy | None) -> tuple[dict[str, f
         evaluator = task.problem.evaluator
         if policy is None:
             task.measured[policy], task.by_sample[policy] = measure(task, task.network.module)
-        elif evaluator.tune is not None or evaluator.pool is not None:
-            task.measured[policy], task.by_sample[policy] = measure(task, evaluator.prepared(policy))
         else:
-            # What the search evaluated is known.
-            judged = evaluator.evaluate(policy), evaluator.by_sample(policy)
+            judged = None
+            if _is_known(evaluator, policy):
+                judged = evaluator.evaluate(policy), evaluator.by_sample(policy)
             task.measured[policy], task.by_sample[policy] = measure(task, evaluator.prepared(policy), judged)
     return task.measured[policy], task.by_sample[policy]
+
+
+def _is_known(evaluator: Evaluator, policy: Q.BitPolicy) -> bool:
+    """Say whether this process has evaluated a policy on all samples, as its network is without being tuned."""
+    known = evaluator.cache.get(policy)
+    alike = evaluator.tune is None and evaluator.pool is None
+    return alike and known is not None and known.images >= evaluator.count
 
 
 def _paired_errors(task: SearchTask, by_sample: BySample, others: BySample, name: str) -> dict[str, float | None]:
