@@ -12,6 +12,7 @@ is beside the page. A block whose fence says `python no-execute` or `bash no-exe
 from __future__ import annotations
 
 import argparse
+import html
 import os
 import re
 import shutil
@@ -39,6 +40,7 @@ PATIENCE = 600  # seconds that a cell may take
 AT_ONCE = 2  # pages that are executed at the same time
 NOT_EXECUTED = re.compile(r"^```(python|bash) no-execute$", re.MULTILINE)
 SHOWN_ONLY = r"```{.\1}"  # a fence that jupytext takes for text
+PROGRESS = "<pre><span"  # how it begins in a notebook
 # Otherwise the language of most blocks is that of the notebook.
 IN_PYTHON = """\
 ---
@@ -111,6 +113,8 @@ def write_page(name: str, notebook: nbformat.NotebookNode) -> None:
         if cell.source.startswith("%%bash"):
             cell.source = cell.source.partition("\n")[2]
             cell.metadata["magics_language"] = "bash"
+        for output in cell.get("outputs", ()):
+            show_as_text(output.get("data", {}))
     words = [
         cell.metadata["alt"] for cell in notebook.cells for output in cell.get("outputs", ()) if drawn(name, cell, output)
     ]
@@ -123,6 +127,12 @@ def write_page(name: str, notebook: nbformat.NotebookNode) -> None:
     text = re.sub(r"!\[(?:png|svg)\]\((\w+\.(?:png|svg))\)", lambda found: f"![{next(given)}]({page.stem}/{found[1]})", text)
     here = f"[This page as a notebook]({page.stem}.ipynb){{ .notebook }}\n"
     page.write_text(f"{text}\n\n{here}", encoding="utf-8")
+
+
+def show_as_text(data: dict[str, str]) -> None:
+    """Take the colours from the progress of a search: a terminal's have too little contrast on a page."""
+    if data.get("text/html", "").startswith(PROGRESS):
+        data["text/plain"] = html.unescape(re.sub("<[^>]+>", "", data.pop("text/html")))
 
 
 def drawn(name: str, cell: nbformat.NotebookNode, output: nbformat.NotebookNode) -> bool:

@@ -27,6 +27,7 @@ from haq.reporting.drawing import front
 from haq.store.units import describe_amount, percent
 from haq.study.config import SearchConfig, SweepConfig
 from haq.study.front import pareto
+from haq.version import __version__
 from hw_models.extras import install_line
 from tests.commands.test_robustness_command import MODULE, lessen
 from tests.reporting.written_runs import OBJECTIVES, change, write, write_robustness, write_run
@@ -170,7 +171,7 @@ def test_a_run_from_end_to_end(made: Path, capsys: pytest.CaptureFixture[str]) -
     assert f"The policy found by ddpg has {found} accuracy on the test split" in page.text
     assert f"Found by ddpg {found} test accuracy, measured" in page.text
     assert f"Fine-tuned {tuned} test accuracy, measured" in page.text
-    for words in ("finished", "The budget of", "holds", "Convergence", "0.1.0", config["versions"]["torch"], "--seed 3"):
+    for words in ("finished", "The budget of", "holds", "Convergence", __version__, config["versions"]["torch"], "--seed 3"):
         assert words in page.text
     for words in (result["accuracy_is"], "nothing of it was run there", "no search and no training sees the test split"):
         assert words in page.text
