@@ -13,7 +13,7 @@ import pytest
 SITE = Path(__file__).parents[2] / "site"
 REQUIRED = os.environ.get("HAQ_SITE") == "1"
 PACKAGES = ("quantizers", "hw_models", "envs", "haq")
-MODULES = 10  # so many pages of modules are looked at in a browser, from the largest to the smallest
+MODULES = 5  # so many pages of modules are looked at in a browser, from the largest to the smallest
 FOLDERS = ("tutorials", "how_to", "guide", "explanation", "experiments")
 
 
