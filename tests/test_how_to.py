@@ -98,6 +98,9 @@ def importable(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """The packages where Python finds them, and an empty current folder."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(installed)])
     monkeypatch.setattr(Q.Scheme, "known", dict(Q.Scheme.known))
+    for _, _, _, place in POINTS:
+        # Other tests have modules of these names.
+        monkeypatch.delitem(sys.modules, place.partition(":")[0], raising=False)
     monkeypatch.chdir(tmp_path)
 
 
