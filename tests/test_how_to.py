@@ -100,7 +100,8 @@ def importable(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Q.Scheme, "known", dict(Q.Scheme.known))
     for _, _, _, place in POINTS:
         # Other tests have modules of these names.
-        monkeypatch.delitem(sys.modules, place.partition(":")[0], raising=False)
+        monkeypatch.setitem(sys.modules, place.partition(":")[0], None)  # so that what is there before, or nothing, comes back
+        del sys.modules[place.partition(":")[0]]
     monkeypatch.chdir(tmp_path)
 
 
