@@ -147,7 +147,7 @@ def drawn(name: str, cell: nbformat.NotebookNode, output: nbformat.NotebookNode)
 def build(executed: Sequence[str]) -> None:
     """Build the site, with some of its pages executed."""
     shutil.rmtree(BUILT, ignore_errors=True)
-    shutil.copytree(SOURCE, BUILT, ignore=shutil.ignore_patterns("*.py", "__pycache__", "dictionary.txt"))
+    shutil.copytree(SOURCE, BUILT, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a page has a core
     os.environ.setdefault("COLUMNS", "100")
     os.environ["TTY_COMPATIBLE"] = "0"  # a kernel asks programs for colours, with which progress would be printed, too
