@@ -103,7 +103,10 @@ def verify(path: str | Path, network: nn.Module, images: Tensor) -> Verification
     rows = (*onnx_runtimes.operators(path, flavour), _size(path, network, images))
     if flavour == "tensorrt":
         rows = (*rows, *_halved(network))
-    return dataclasses.replace(found, further=rows)
+    fault = found.fault
+    if fault:
+        fault += onnx_runtimes.overflows_here(flavour)
+    return dataclasses.replace(found, further=rows, fault=fault)
 
 
 def _runtime_for(flavour: str | None) -> Callable[[Any], Runner]:

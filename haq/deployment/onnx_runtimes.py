@@ -15,6 +15,7 @@ from haq.deployment.onnx_any import package
 from haq.deployment.onnx_integers import FLAVOUR
 from haq.deployment.onnx_verify import Array, Runner, read_model
 from hw_models.extras import install_line
+from hw_models.measured.processor import lacks_vnni
 from hw_models.runtimes.openvino import same_signal_stack
 
 # Operators with weights, by whether ONNX Runtime computes them in integers.
@@ -26,6 +27,8 @@ BYTES = ("u8", "i8")
 # On x86 without VNNI, ONNX Runtime adds products of bytes by pairs in 16 bits, too few for two of 8 bits, unless this is 1.
 # It changes no result on others.
 EXACT = "session.x64quantprecision"
+# OpenVINO does so too, and nothing changes it; two products of a byte and an integer of 7 bits do fit.
+OVERFLOW = "OpenVINO adds two products of bytes in 16 bits there; weights of up to 7 bits always fit"
 SERIOUS = 3  # what ONNX Runtime logs: errors
 MOST_REASON = 300  # letters of a runtime's own message
 
@@ -113,6 +116,13 @@ def _compiled(model: Any) -> Any:
         raise ValueError(_not_loaded("OpenVINO", error)) from error
 
 
+def overflows_here(flavour: str | None) -> str:
+    """Say why a runtime's sums may be wrong on this processor, to be put behind what is wrong; nothing if they are right."""
+    if flavour == "openvino" and lacks_vnni():
+        return f" (this processor has no VNNI: {OVERFLOW})"
+    return ""
+
+
 def operators(path: str | Path, flavour: str | None) -> tuple[tuple[str, str], ...]:
     """Count what a runtime computes in integers, of the operators that it has made of a file.
 
@@ -130,7 +140,10 @@ def operators(path: str | Path, flavour: str | None) -> tuple[tuple[str, str], .
         kinds = openvino_kinds(path)
         whole = sum(count for (kind, precision), count in kinds.items() if kind in LAYERS_OF_OPENVINO and precision in BYTES)
         every = sum(count for (kind, _), count in kinds.items() if kind in LAYERS_OF_OPENVINO)
-        return (("layers that OpenVINO computes in integers", f"{whole:,} of {every:,}"),)
+        return (
+            ("layers that OpenVINO computes in integers", f"{whole:,} of {every:,}"),
+            ("  on x86 without VNNI", OVERFLOW),
+        )
     kinds_here = onnxruntime_kinds(path)
     whole = sum(kinds_here.get(kind, 0) for kind in INTEGER_LAYERS)
     real = sum(kinds_here.get(kind, 0) for kind in REAL_LAYERS)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 INFORMATION = Path("/proc/cpuinfo")
+# Instructions for sums of products of bytes: what Linux calls VNNI, with 512-bit registers and without.
+DOT_PRODUCTS = {"avx512_vnni", "avx_vnni"}
 
 
 def processor_model() -> str:
@@ -43,6 +45,16 @@ def processor_features() -> str:
     if not flags:
         return ""
     return hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:16]
+
+
+def lacks_vnni() -> bool:
+    """Say whether this is an x86 processor without VNNI: instructions that multiply bytes and add in 32 bits.
+
+    Without them, runtimes add two products of bytes in 16 bits, which is too few for large ones. False where the system
+    doesn't tell what its processor has.
+    """
+    flags = set(_line("flags").split())
+    return "avx2" in flags and not flags & DOT_PRODUCTS
 
 
 def _line(key: str) -> str:

@@ -15,6 +15,8 @@ import quantizers as Q
 from haq.deployment.graph import capture
 from haq.deployment.onnx import OnnxExporter, export, verify
 from haq.deployment.onnx_runtimes import onnxruntime_kinds, openvino_kinds
+from hw_models.measured import processor
+from hw_models.measured.processor import lacks_vnni
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -107,13 +109,19 @@ def test_biases_beyond_32_bits_and_channels_without_a_factor(tmp_path: Path) -> 
     written(made, x, tmp_path / "net.onnx")
 
 
-@pytest.mark.parametrize("bits", [(8, 8), (4, 3)])
+@pytest.mark.parametrize("bits", [(8, 8), (7, 8), (4, 3)])
 @pytest.mark.parametrize("residuals", [True, False])
 def test_openvino_computes_every_layer_in_integers(bits: Any, residuals: bool, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     network, x = small()
     made = quantized(network, x, bits, residuals)
-    found = written(made, x, tmp_path / "net.onnx", "openvino")
+    path = tmp_path / "net.onnx"
+    if bits == (8, 8) and lacks_vnni():
+        export(capture(made, x), made, path, "openvino")
+        found = verify(path, made, x)
+        assert not found.fault or "this processor has no VNNI: OpenVINO adds two products of bytes in 16 bits" in found.fault
+    else:
+        found = written(made, x, path, "openvino")
     assert found.flavour == "openvino"
     assert dict(found.further)["layers that OpenVINO computes in integers"] == "6 of 6"
     if bits == (8, 8):
@@ -123,6 +131,27 @@ def test_openvino_computes_every_layer_in_integers(bits: Any, residuals: bool, t
             key: count for key, count in kinds.items() if key[0] in ("Convolution", "GroupConvolution", "FullyConnected")
         }
         assert {precision for _, precision in layers} <= {"u8", "i8"}
+
+
+def test_a_file_that_overflows_here_is_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums that are wrong are drawn by another bias, so that it can be seen on any processor."""
+    pytest.importorskip("openvino")
+    network, x = small()
+    made = quantized(network, x, (8, 8), False)
+    path = tmp_path / "net.onnx"
+    export(capture(made, x), made, path, "openvino")
+    made.get_submodule("blocks.0.norm1").bias.data += 1.0
+    information = tmp_path / "cpuinfo"
+    monkeypatch.setattr(processor, "INFORMATION", information)
+    information.write_text("flags\t: avx2 avx512_vnni\n")
+    plain = verify(path, made, x).fault
+    assert plain
+    assert "VNNI" not in plain
+    information.write_text("flags\t: avx2 bmi2\n")
+    assert verify(path, made, x).fault == (
+        f"{plain} (this processor has no VNNI: OpenVINO adds two products of bytes in 16 bits there; weights of up to 7 bits "
+        "always fit)"
+    )
 
 
 def test_layers_with_zero_points_and_integers_of_minus_128(tmp_path: Path) -> None:
