@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     Task,
     TaskID,
     TextColumn,
@@ -22,10 +24,52 @@ from rich.table import Table
 from haq.console.tables import plain, say
 from haq.store.units import PERCENT, show
 
+EVERY = 60.0  # seconds between two lines of progress where the output isn't a terminal
+
+
+class Bars(Progress):
+    """Bars in a terminal; where the output goes to a file or a pipe, a line a minute says how far the work is."""
+
+    def __init__(self, *columns: ProgressColumn, console: Console) -> None:
+        """Show columns on a console."""
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        self._said = self.get_time()
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        """Say what has changed of a line, as Rich does, and print it if it is time to."""
+        super().update(task_id, **fields)
+        now = self.get_time()
+        if not self.disable or now - self._said < EVERY:
+            return
+        task = next(task for task in self.tasks if task.id == task_id)
+        if task.finished:
+            return
+        self._said = now
+        self.console.print(self.sentence(task), markup=False, highlight=False, soft_wrap=True)
+
+    def sentence(self, task: Task) -> str:
+        """Say how far a task is: what it is, how much of it is done, time gone and time left."""
+        words = f"{task.description}: {task.completed:.0f}"
+        if task.total is not None:
+            words += f" of {task.total:.0f}"
+        words += f", {_clock(task.elapsed or 0)} gone"
+        if task.time_remaining is not None:
+            words += f", about {_clock(task.time_remaining)} left"
+        if task.fields.get("best"):
+            words += f"; best so far {task.fields['best']}"
+        if task.fields.get("note"):
+            words += f"; {task.fields['note']}"
+        return words
+
+
+def _clock(seconds: float) -> str:
+    """Write hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))
+
 
 def progress(console: Console) -> Progress:
-    """Make a progress bar with time gone and time left; it shows nothing where the output isn't a terminal."""
-    return Progress(
+    """Make a progress bar with time gone and time left; where the output isn't a terminal, it prints a line a minute."""
+    return Bars(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
@@ -34,7 +78,6 @@ def progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         TextColumn("left  {task.fields[note]}", markup=False),
         console=console,
-        disable=not console.is_terminal,
     )
 
 
@@ -107,10 +150,10 @@ def follow_loading(console: Console, what: str) -> Iterator[dict[str, Any]]:
         status.stop()
 
 
-class Live(Progress):
+class Live(Bars):
     """A table that follows a search, with a line for each solver and for what comes after them.
 
-    Such later work has a `note`, which takes the place of a value. Nothing is shown where the output isn't a terminal.
+    Such later work has a `note`, which takes the place of a value.
     """
 
     COLUMNS = {
@@ -127,7 +170,7 @@ class Live(Progress):
         """Show the table on a console; `title` is what the objective is called."""
         self.headings = list(self.COLUMNS)
         self.headings[self.headings.index("accuracy")] = title
-        super().__init__(*self.COLUMNS.values(), console=console, disable=not console.is_terminal)
+        super().__init__(*self.COLUMNS.values(), console=console)
 
     def add_task(self, description: str, *arguments: Any, **fields: Any) -> TaskID:
         """Add a line; its fields are empty until they are updated."""

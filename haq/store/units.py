@@ -197,6 +197,21 @@ def plotted(value: float, unit: str) -> float:
     return value
 
 
+def counted(number: int, things: str) -> str:
+    """Write how many things there are: "12 epochs", "1 epoch".
+
+    Args:
+        number: How many.
+        things: What, in the plural that an s makes.
+
+    Returns:
+        The words, with commas between thousands.
+    """
+    if number == 1:
+        things = things.removesuffix("s")
+    return f"{number:,} {things}"
+
+
 def _number(value: float, digits: int) -> str:
     """Write a number with some digits; large ones without an exponent as long as that can be read."""
     if math.isinf(value):

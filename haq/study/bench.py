@@ -26,7 +26,7 @@ from haq.problem.table_file import TableFile, read
 from haq.problem.tabular import TabularProblem
 from haq.solvers import SOLVERS
 from haq.solvers.base import NothingFound, Session, find_solver, solve
-from haq.store.units import NOTHING
+from haq.store.units import NOTHING, counted
 from haq.study.workers.processes import Crew
 
 SCHEMA = "haq-bench-1"
@@ -398,7 +398,7 @@ def caption(bench: Bench) -> list[str]:
         own = [row for row in rows if row.solver == solver]
         if not own:
             continue
-        seeds = f"{own[0].seeds} seeds"
+        seeds = counted(own[0].seeds, "seeds")
         if own[0].seeds == 1:
             seeds = "one seed"
         if not bench.draws[solver]:

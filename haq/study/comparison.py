@@ -20,6 +20,7 @@ from haq import data, networks, training
 from haq.attacks.classifier import Classifier
 from haq.problem.device import CPU, find_device
 from haq.store.files import CONFIG, ROBUSTNESS
+from haq.store.units import counted
 from haq.study.attack_config import BETA
 from haq.study.channels import check_keeps
 from haq.study.config import SearchConfig
@@ -286,7 +287,7 @@ class _RunNetworks:
         against = ""
         if adversary_of(config):
             against = " against R+FGSM"
-        return f"fine-tuned{against} for {config.finetune_epochs} epochs, seed {config.seed}"
+        return f"fine-tuned{against} for {counted(config.finetune_epochs, 'epochs')}, seed {config.seed}"
 
     def found(self) -> tuple[nn.Module, str]:
         """Return the network of the policy found, and how it was trained.

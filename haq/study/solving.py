@@ -40,7 +40,7 @@ from haq.store import history
 from haq.store.files import CHECKPOINT, HISTORY, POLICY, PROBLEM, write
 from haq.store.history import HistoryRow
 from haq.store.records import PolicyRecord, ProblemRecord
-from haq.store.units import describe_amount, finite, metric_words, show
+from haq.store.units import counted, describe_amount, finite, metric_words, show
 from haq.study.channels import channels_of, is_joint
 from haq.study.known_trials import check_uses_trials, gather
 from haq.study.picture import draw_policy, save_picture
@@ -161,9 +161,10 @@ class Result:
         kept = ""
         if channels is not None:
             kept = f", {channels.short} channels"
+        used = counted(self.session.used, "evaluations")
         return (
             f"Result({self.solver}: {self.problem.objective.title} {self._show(self.trial.evaluation)} at {cost} "
-            f"({share:.3f} of {self.problem.reference_words}){''.join(further)}{kept}, {self.session.used} evaluations; "
+            f"({share:.3f} of {self.problem.reference_words}){''.join(further)}{kept}, {used}; "
             f"float {self._show(self.problem.float_result)}{tuned})"
         )
 
@@ -180,7 +181,9 @@ class Result:
         ]
         if self._finetuned_result is not None:
             rows.append((f"fine-tuned (kept: {self.kept})", self._show(self._finetuned_result), *amounts))
-        caption = f"{problem.objective.words}{problem.count_words(' on ', 'search ')}, {self.session.used} evaluations"
+        caption = (
+            f"{problem.objective.words}{problem.count_words(' on ', 'search ')}, {counted(self.session.used, 'evaluations')}"
+        )
         metrics = [metric_words(metric) for metric in problem.costs(self.policy)]
         found = html_table(caption, ("policy", problem.objective.short, *metrics), rows)
         return found + self.table()._repr_html_()

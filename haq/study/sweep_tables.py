@@ -21,7 +21,7 @@ from haq.store.records import (
     SweepTarget,
     short_reference,
 )
-from haq.store.units import PERCENT, describe_amount, metric_words, show, show_error
+from haq.store.units import PERCENT, counted, describe_amount, metric_words, show, show_error
 from haq.study.sweep_run import SweepContext, shares_sensitivities
 from haq.study.sweep_sharing import evaluations_of, groups
 from haq.study.tables import errors_words, pruning_words, residuals_words, rounding_words, scheme_words
@@ -41,7 +41,7 @@ def print_plan(console: Console, context: SweepContext, folder: Path | None, wor
     workload = task.problem.workload
     draws = "one seed"
     if sweep.seeds > 1:
-        draws = f"{sweep.seeds} seeds of those that draw"
+        draws = f"{counted(sweep.seeds, 'seeds')} of those that draw"
     sensitivities = "none"
     if shares_sensitivities(sweep):
         sensitivities = f"{sweep.settings.sensitivity_kind}, once for all"

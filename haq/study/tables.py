@@ -53,6 +53,7 @@ from haq.store.units import (
     PERCENT,
     begin,
     best_unit,
+    counted,
     describe_amount,
     heading_of,
     kind_of_cost,
@@ -173,7 +174,26 @@ def _bits_words(problem: Problem) -> str:
     if problem.pinned:
         pinned = ", ".join(f"{name} {pair_words(w, a)}" for name, (w, a) in problem.pinned.items())
         words += f"; {fixed}: {pinned}"
+    if constant := _layers_of_one_value(problem):
+        words += (
+            f"; 1 bit makes one value of inputs that are never negative ({join_words(_few(constant))}): give activations "
+            "more, such as 1:8/2:8"
+        )
     return words
+
+
+def _layers_of_one_value(problem: Problem) -> list[str]:
+    """List the layers whose activations may get the one bit of a sign, and whose inputs were never negative."""
+    layers = Q.quant_layers(problem.evaluator.network)
+    found = []
+    for decision in problem.decisions:
+        if not (decision.pairs[:, 1] == 1).any():
+            continue
+        for index in decision.layers:
+            name = problem.workload.names[index]
+            if isinstance(problem.schemes[name], Q.Binary) and not layers[name].signed:
+                found.append(name)
+    return found
 
 
 def pruning_words(problem: Problem) -> dict[str, str]:
@@ -341,7 +361,7 @@ def _source_words(task: SearchTask, folder: Path | None, uses: bool, needed: int
         return f"not needed by {config.solver}"
     words = "measured by each solver that needs them"
     if task.evaluations <= needed:
-        words += f"; all of them take {needed} evaluations, and what {task.evaluations} leave out is guessed"
+        words += f"; all of them take {counted(needed, 'evaluations')}, and what {task.evaluations} leave out is guessed"
     return words
 
 
@@ -376,7 +396,8 @@ def _finetuning_words(task: SearchTask) -> str:
         return rounding or "none"
     if rounding:
         rounding += "; then "
-    words = f"{rounding}{task.config.finetune_epochs} epochs on {len(task.to_train_on):,} train {task.problem.samples_are}"
+    epochs = counted(task.config.finetune_epochs, "epochs")
+    words = f"{rounding}{epochs} on {len(task.to_train_on):,} train {task.problem.samples_are}"
     if adversary_of(task.config):
         words += f", against R+FGSM at eps {task.config.eps}"
     return words

@@ -38,7 +38,7 @@ from haq.solvers.base import check_takes_agent, find_solver
 from haq.solvers.spending import proposed
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
 from haq.store.records import UNIFORM_8, ObjectiveRecord
-from haq.store.units import finite
+from haq.store.units import counted, finite
 from haq.study.channels import check_installed, pruning_entry, smaller_evaluator, smaller_float
 from haq.study.config import ADAROUND, BEFORE, FLOAT, LINEAR, NONE, SearchConfig
 from haq.training.adversaries import Adversary
@@ -796,4 +796,4 @@ def threads(device: torch.device | None = None) -> str:
     """Say where accuracy is measured: on a device, the CPU if none is given."""
     if device is not None and device.type != CPU:
         return f"this machine's {describe_device(device)}"
-    return f"this machine's CPU, {torch.get_num_threads()} threads"
+    return f"this machine's CPU, {counted(torch.get_num_threads(), 'threads')}"

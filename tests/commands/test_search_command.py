@@ -82,6 +82,13 @@ def test_printed_commands_work_whatever_the_folder_is_called(
             assert folder
 
 
+def test_signs_of_inputs_that_are_never_negative_are_spoken_of(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "1 bit makes one value of inputs that are never negative ("
+    for bits, schemes, named in (("1:8", "binary", True), ("1:8/2:8", "binary", False), ("1:8", "linear", False)):
+        assert call(search.main, *SMALL, "--hw", "edge", "--bits", bits, "--scheme", schemes, "--dry-run") == 0
+        assert (said in " ".join(capsys.readouterr().out.split())) == named
+
+
 def test_the_job_from_end_to_end(capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
     assert call(search.main, *AGENTS, "--out", "run") == 0
     out, err = capsys.readouterr()

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from haq import search
 from haq.console import output
-from haq.console.progress import Live
+from haq.console.progress import Live, progress
 from tests.commands.test_search_command import AGENTS, SMALL, call, history, place  # noqa: F401
 
 
@@ -51,6 +51,29 @@ def test_without_a_terminal_it_is_quiet(capsys: pytest.CaptureFixture[str]) -> N
     out, err = capsys.readouterr()
     assert json.loads(out) == json.loads(Path("other/result.json").read_text())
     assert "━" not in err
+
+
+def test_into_a_file_goes_a_line_a_minute() -> None:
+    now = 100.0
+    written = io.StringIO()
+    console = Console(file=written, width=80, get_time=lambda: now)
+    bars = Live(console)
+    task = bars.add_task("ddpg", total=200, accuracy="92.20 %", cost="0.998", best="92.30 %")
+    for done in range(200):
+        now += 1.5
+        bars.update(task, completed=done + 1)
+    said = written.getvalue().splitlines()
+    assert len(said) == 4  # of five minutes; at the end there is nothing to wait for
+    assert said[1] == "ddpg: 80 of 200, 0:02:00 gone, about 0:03:00 left; best so far 92.30 %"
+    quiet = progress(Console(file=written, quiet=True, get_time=lambda: now))
+    now += 100
+    quiet.update(quiet.add_task("steps", total=None, note="[stem]"), completed=3)
+    assert len(written.getvalue().splitlines()) == len(said)
+    loud = progress(console)
+    number = loud.add_task("steps", total=None, note="[stem]")
+    now += 100
+    loud.update(number, completed=3)
+    assert written.getvalue().splitlines()[-1] == "steps: 3, 0:01:40 gone; [stem]"
 
 
 def test_the_same_goes_to_tensorboard() -> None:
