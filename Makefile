@@ -1,4 +1,4 @@
-.PHONY: install hooks test slow gpu lint type format bench docs
+.PHONY: install hooks test slow gpu lint type format bench docs check-site
 
 install:
 	python3 -m venv .venv
@@ -39,4 +39,6 @@ bench:
 docs:
 	.venv/bin/python docs/build.py
 	.venv/bin/codespell README.md CONTRIBUTING.md CHANGELOG.md docs haq envs hw_models quantizers experiments
+
+check-site:
 	HAQ_SITE=1 .venv/bin/pytest -n 2 tests/site
