@@ -277,12 +277,13 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
         how = "not fine-tuned"
         if tuned:
             how = FINETUNED[run.load_result().finetuned_by]
-        say(output.results, f"written: {path} ({how})", wrap=False)
         with output.notes.status("comparing with the network in PyTorch"):
             if isinstance(samples, AnySamples):
                 verdict = exporter.compare_any(network, samples, path)
             else:
                 verdict = exporter.compare(network, graph, samples, path)
+        # Not before: what computes something else is taken away again.
+        say(output.results, f"written: {path} ({how})", wrap=False)
     latency = _compare_latency(run, verdict)
     rows = [*residuals.rows, *verdict.rows, *latency.rows]
     output.results.print(key_table(rows))

@@ -26,7 +26,7 @@ from haq.store import cleanup
 from haq.store.files import CONFIG, SWEEP
 from haq.store.inventory import DAMAGED, FINISHED, INTERRUPTED, RUNNING, RunSummary, file_sizes, find_runs, summarize
 from haq.store.records import UNIFORM_8, BudgetRecord, Measurement, short_reference
-from haq.store.units import NOTHING, describe_amount, describe_bytes, finite, metric_words, show
+from haq.store.units import NOTHING, counted, describe_amount, describe_bytes, finite, metric_words, show
 from hw_models.registry import printable
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def prune(folder: Path | None, unfinished: bool, checkpoints: bool, older_than: 
         does = "would delete"
         if yes:
             does = "deleted"
-        files = f"{len(removal.paths)} files, {describe_bytes(size)}"
+        files = f"{counted(len(removal.paths), 'files')}, {describe_bytes(size)}"
         say(console, f"{does}: {removal.run.folder}, {removal.what}, {files}", wrap=False)
     if not total:
         say(console, f"nothing to delete in {folder}")

@@ -170,7 +170,7 @@ def resume_search(folder: Path, workers: WorkersConfig, output: Output, device: 
         _print_plan(output, task, workers, folder, run.known(task.problem))
         run.check(task, same_versions=True)
         run.complete(task)
-        say(output.notes, f"resuming: {run.prepare_resume(task.problem)} evaluations are there already")
+        say(output.notes, f"resuming: evaluations that are there already: {run.prepare_resume(task.problem)}")
         return _carry_out(task, run, workers, output)
 
 

@@ -25,6 +25,7 @@ from haq.console.tables import plain, say
 from haq.store.units import PERCENT, show
 
 EVERY = 60.0  # seconds between two lines of progress where the output isn't a terminal
+PACE_S = 3600.0  # what time is left is told by the pace of so many seconds: steps may be minutes long
 
 
 class Bars(Progress):
@@ -32,7 +33,7 @@ class Bars(Progress):
 
     def __init__(self, *columns: ProgressColumn, console: Console) -> None:
         """Show columns on a console."""
-        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        super().__init__(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=PACE_S)
         self._said = self.get_time()
 
     def update(self, task_id: TaskID, **fields: Any) -> None:
@@ -45,7 +46,7 @@ class Bars(Progress):
         if task.finished:
             return
         self._said = now
-        self.console.print(self.sentence(task), markup=False, highlight=False, soft_wrap=True)
+        self.console.print(self.sentence(task), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def sentence(self, task: Task) -> str:
         """Say how far a task is: what it is, how much of it is done, time gone and time left."""

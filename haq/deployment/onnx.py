@@ -103,9 +103,11 @@ def verify(path: str | Path, network: nn.Module, images: Tensor) -> Verification
     rows = (*onnx_runtimes.operators(path, flavour), _size(path, network, images))
     if flavour == "tensorrt":
         rows = (*rows, *_halved(network))
+    if overflow := onnx_runtimes.overflow_words(network, flavour):
+        rows = (*rows, ("on x86 without VNNI", overflow))
     fault = found.fault
     if fault:
-        fault += onnx_runtimes.overflows_here(flavour)
+        fault += onnx_runtimes.overflows_here(network, flavour)
     return dataclasses.replace(found, further=rows, fault=fault)
 
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+import quantizers as Q
 from haq.deployment.onnx_any import package
 from haq.deployment.onnx_integers import FLAVOUR
 from haq.deployment.onnx_verify import Array, Runner, read_model
 from hw_models.extras import install_line
 from hw_models.measured.processor import lacks_vnni
+from hw_models.registry import join_words
 from hw_models.runtimes.openvino import same_signal_stack
 
 # Operators with weights, by whether ONNX Runtime computes them in integers.
@@ -28,8 +31,12 @@ BYTES = ("u8", "i8")
 # It changes no result on others.
 EXACT = "session.x64quantprecision"
 # OpenVINO does so too, and nothing changes it; two products of a byte and an integer of 7 bits do fit.
-OVERFLOW = "OpenVINO adds two products of bytes in 16 bits there; weights of up to 7 bits always fit"
+FITTING_BITS = 7
+OVERFLOW = (
+    "OpenVINO adds two products of bytes in 16 bits there, too few for these; ONNX Runtime can add in 32 (--to onnx alone)"
+)
 SERIOUS = 3  # what ONNX Runtime logs: errors
+MOST_NAMES = 4  # of layers, in a message
 MOST_REASON = 300  # letters of a runtime's own message
 
 
@@ -116,10 +123,44 @@ def _compiled(model: Any) -> Any:
         raise ValueError(_not_loaded("OpenVINO", error)) from error
 
 
-def overflows_here(flavour: str | None) -> str:
-    """Say why a runtime's sums may be wrong on this processor, to be put behind what is wrong; nothing if they are right."""
-    if flavour == "openvino" and lacks_vnni():
-        return f" (this processor has no VNNI: {OVERFLOW})"
+def overflow_words(network: nn.Module, flavour: str | None) -> str:
+    """Say what overflows in a runtime on x86 processors without VNNI; nothing where all sums fit.
+
+    Args:
+        network: The quantized network.
+        flavour: Of its file.
+
+    Returns:
+        The layers, and why.
+    """
+    if flavour != "openvino":
+        return ""
+    wide = []
+    for name, layer in Q.quant_layers(network).items():
+        bits = layer.weight_bits
+        if bits is not None and layer.scheme.integer_weight_bits(bits) > FITTING_BITS:
+            wide.append(name)
+    if not wide:
+        return ""
+    layers = join_words(wide)
+    if len(wide) > MOST_NAMES:
+        layers = f"{', '.join(wide[:MOST_NAMES])} and {len(wide) - MOST_NAMES} more"
+    return f"weights of {layers} are integers of more than {FITTING_BITS} bits: {OVERFLOW}"
+
+
+def overflows_here(network: nn.Module, flavour: str | None) -> str:
+    """Say why a runtime's sums may be wrong on this processor, to be put behind what is wrong; nothing if they are right.
+
+    Args:
+        network: The quantized network.
+        flavour: Of its file.
+
+    Returns:
+        The reason, in brackets.
+    """
+    words = overflow_words(network, flavour)
+    if words and lacks_vnni():
+        return f" (this processor has no VNNI, and {words})"
     return ""
 
 
@@ -140,10 +181,7 @@ def operators(path: str | Path, flavour: str | None) -> tuple[tuple[str, str], .
         kinds = openvino_kinds(path)
         whole = sum(count for (kind, precision), count in kinds.items() if kind in LAYERS_OF_OPENVINO and precision in BYTES)
         every = sum(count for (kind, _), count in kinds.items() if kind in LAYERS_OF_OPENVINO)
-        return (
-            ("layers that OpenVINO computes in integers", f"{whole:,} of {every:,}"),
-            ("  on x86 without VNNI", OVERFLOW),
-        )
+        return (("layers that OpenVINO computes in integers", f"{whole:,} of {every:,}"),)
     kinds_here = onnxruntime_kinds(path)
     whole = sum(kinds_here.get(kind, 0) for kind in INTEGER_LAYERS)
     real = sum(kinds_here.get(kind, 0) for kind in REAL_LAYERS)

@@ -12,6 +12,7 @@ from haq.solvers.base import Solver, Spending
 from haq.solvers.cheapest import MEASURED
 from haq.solvers.joint_space import option_counts
 from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
+from haq.store.units import counted
 
 PER_ROOT = 24  # evaluations for the root of a bit of choice
 STEP = 10  # proposals are multiples of it
@@ -136,5 +137,6 @@ def time_words(problem: Problem, evaluations: int) -> str:
     if not seconds:
         return ""
     each, together = duration_words(seconds), duration_words(seconds * evaluations)
-    pace = f"at that pace {evaluations} evaluations take {together}, and quantized networks up to a few times as long"
+    all_of_them = counted(evaluations, "evaluations")
+    pace = f"at that pace {all_of_them} would take {together}, and quantized networks up to a few times as long"
     return f"the float network took {each} on the same samples; {pace}"

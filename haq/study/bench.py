@@ -393,7 +393,9 @@ def caption(bench: Bench) -> list[str]:
             one += f" to {max(images):.2g}"
         lines.append(f"One search image is {one} points.")
     last = bench.counts[-1]
-    lines.append(f"Test accuracies, in %, are of searches of {last} evaluations; milliseconds are the processor's.")
+    lines.append(
+        f"Test accuracies, in %, are of searches of {counted(last, 'evaluations')}; milliseconds are the processor's."
+    )
     for solver in bench.solvers:
         own = [row for row in rows if row.solver == solver]
         if not own:

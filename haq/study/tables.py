@@ -160,7 +160,9 @@ def _goal_words(problem: Problem) -> str:
 def _bits_words(problem: Problem) -> str:
     """Say which widths may be chosen, in how many layers, and what is fixed."""
     free = [decision for decision in problem.decisions if len(decision.pairs) > 1]
-    layers = f"{sum(len(decision.layers) for decision in free)} layers"
+    if not free:
+        free = list(problem.decisions)  # what is fixed without being pinned
+    layers = counted(sum(len(decision.layers) for decision in free), "layers")
     weights, activations = (span_words(operand) for operand in problem.widths)
     words = f"{weights} for weights and activations of {layers}"
     if weights != activations:
@@ -177,7 +179,7 @@ def _bits_words(problem: Problem) -> str:
     if constant := _layers_of_one_value(problem):
         words += (
             f"; 1 bit makes one value of inputs that are never negative ({join_words(_few(constant))}): give activations "
-            "more, such as 1:8/2:8"
+            "2 bits or more, behind the slash of --bits W/A"
         )
     return words
 
@@ -222,7 +224,7 @@ def _few(names: Sequence[str]) -> list[str]:
 def _network_words(task: SearchTask) -> str:
     problem = task.problem
     words = (
-        f"{task.network.name} ({task.network.origin}): {len(problem.workload)} quantizable layers, "
+        f"{task.network.name} ({task.network.origin}): {counted(len(problem.workload), 'quantizable layers')}, "
         f"{problem.workload.macs / 1e6:.2f} M MACs"
     )
     if problem.objective.compares_with_float:
@@ -373,7 +375,7 @@ def _evaluations_words(task: SearchTask, workers: str) -> str:
     if task.problem.evaluator.count:
         words += f", each on {task.problem.evaluator.count:,} search {task.problem.samples_are}"
     if task.config.finetune_steps:
-        words += f" after {task.config.finetune_steps} steps of fine-tuning"
+        words += f" after {counted(task.config.finetune_steps, 'steps')} of fine-tuning"
     return f"{words}, {workers}"
 
 
@@ -761,7 +763,7 @@ def _caption(task: SearchTask, result: Mapping[str, Any]) -> str:
         if errors := errors_words(judging, known):
             parts.append(errors)
     if task.config.finetune_steps:
-        parts.append(f"every policy fine-tuned for {task.config.finetune_steps} steps")
+        parts.append(f"every policy fine-tuned for {counted(task.config.finetune_steps, 'steps')}")
     if objective.note:
         parts.append(objective.note)
     measured = [other.title for other in objective.also] or [objective.title]

@@ -65,6 +65,12 @@ def test_into_a_file_goes_a_line_a_minute() -> None:
     said = written.getvalue().splitlines()
     assert len(said) == 4  # of five minutes; at the end there is nothing to wait for
     assert said[1] == "ddpg: 80 of 200, 0:02:00 gone, about 0:03:00 left; best so far 92.30 %"
+    slow = bars.add_task("slow", total=10)
+    for done in range(3):  # of minutes each
+        now += 120
+        bars.update(slow, completed=done + 1)
+    assert written.getvalue().splitlines()[-1] == "slow: 3 of 10, 0:06:00 gone, about 0:14:00 left"
+    said = written.getvalue().splitlines()
     quiet = progress(Console(file=written, quiet=True, get_time=lambda: now))
     now += 100
     quiet.update(quiet.add_task("steps", total=None, note="[stem]"), completed=3)

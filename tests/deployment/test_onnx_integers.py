@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import quantizers as Q
 from haq.deployment.graph import capture
 from haq.deployment.onnx import OnnxExporter, export, verify
-from haq.deployment.onnx_runtimes import onnxruntime_kinds, openvino_kinds
+from haq.deployment.onnx_runtimes import onnxruntime_kinds, openvino_kinds, overflow_words
 from hw_models.measured import processor
 from hw_models.measured.processor import lacks_vnni
 
@@ -119,7 +119,7 @@ def test_openvino_computes_every_layer_in_integers(bits: Any, residuals: bool, t
     if bits == (8, 8) and lacks_vnni():
         export(capture(made, x), made, path, "openvino")
         found = verify(path, made, x)
-        assert not found.fault or "this processor has no VNNI: OpenVINO adds two products of bytes in 16 bits" in found.fault
+        assert not found.fault or "this processor has no VNNI, and weights of stem, blocks.0.first" in found.fault
     else:
         found = written(made, x, path, "openvino")
     assert found.flavour == "openvino"
@@ -149,9 +149,19 @@ def test_a_file_that_overflows_here_is_refused_with_the_reason(tmp_path: Path, m
     assert "VNNI" not in plain
     information.write_text("flags\t: avx2 bmi2\n")
     assert verify(path, made, x).fault == (
-        f"{plain} (this processor has no VNNI: OpenVINO adds two products of bytes in 16 bits there; weights of up to 7 bits "
-        "always fit)"
+        f"{plain} (this processor has no VNNI, and weights of stem, blocks.0.first, blocks.0.second, blocks.1.first and 2 more "
+        "are integers of more than 7 bits: OpenVINO adds two products of bytes in 16 bits there, too few for these weights; ONNX "
+        "Runtime can add them in 32 (--to onnx))"
     )
+
+
+@pytest.mark.parametrize(("scheme", "bits", "wide"), [("linear", 7, False), ("linear", 8, True), ("dorefa", 7, True)])
+def test_what_overflows_is_told_by_the_integers_of_weights(scheme: str, bits: int, wide: bool) -> None:
+    """Those of dorefa have a bit more than its widths."""
+    network, x = small()
+    made = quantized(network, x, (bits, 8), False, scheme)
+    assert bool(overflow_words(made, "openvino")) == wide
+    assert not overflow_words(made, None)
 
 
 def test_layers_with_zero_points_and_integers_of_minus_128(tmp_path: Path) -> None:
