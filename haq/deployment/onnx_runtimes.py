@@ -32,9 +32,7 @@ BYTES = ("u8", "i8")
 EXACT = "session.x64quantprecision"
 # OpenVINO does so too, and nothing changes it; two products of a byte and an integer of 7 bits do fit.
 FITTING_BITS = 7
-OVERFLOW = (
-    "OpenVINO adds two products of bytes in 16 bits there, too few for these; ONNX Runtime can add in 32 (--to onnx alone)"
-)
+OVERFLOW = "OpenVINO adds two products in 16 bits there, which is too few; ONNX Runtime can add in 32 (--to onnx alone)"
 SERIOUS = 3  # what ONNX Runtime logs: errors
 MOST_NAMES = 4  # of layers, in a message
 MOST_REASON = 300  # letters of a runtime's own message

@@ -145,7 +145,7 @@ def test_durations_are_told_from_the_float_network() -> None:
     assert problem.float_seconds > 0
     problem.float_seconds = 0.5
     assert time_words(problem, 240).startswith(
-        "the float network took 0.5 s on the same samples; at that pace 240 evaluations take 2 min"
+        "the float network took 0.5 s on the same samples; at that pace 240 evaluations would take 2 min"
     )
     assert not time_words(haq.Problem.tabular("digres", budget="0.15"), 100)
 
