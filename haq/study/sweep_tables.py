@@ -182,7 +182,7 @@ def _print_front(console: Console, sweep: FinishedSweepRecord, target: SweepTarg
         costs = [describe_amount(member.costs[place], metric) for member in front.policies]
         columns.append(Column(metric, costs, "right"))
     respects = ["test " + _called(sweep), *front.metrics]
-    title = f"{target.name}: {len(front.policies)} of {front.of} policies on the front of {join_words(respects)}"
+    title = f"{target.name}: {len(front.policies)} of {front.of} policies are on the front of {join_words(respects)}"
     print_columns(console, title, columns, caption=hypervolume_words(sweep, target, front))
 
 

@@ -269,7 +269,7 @@ def test_prune_says_what_it_would_delete_and_deletes_nothing(capsys: pytest.Capt
     before = files()
     out = told(capsys, "prune", "--unfinished", "--checkpoints")
     assert "would delete: runs/cut, all of it" in out
-    assert "would delete: runs/a, networks, agents and attacks, 1 files" in out
+    assert "would delete: runs/a, networks, agents and attacks, 1 file" in out
     assert "nothing was deleted: add --yes to do it" in out
     assert files() == before
 
