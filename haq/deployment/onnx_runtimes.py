@@ -30,8 +30,8 @@ BYTES = ("u8", "i8")
 # On x86 without VNNI, ONNX Runtime adds products of bytes by pairs in 16 bits, too few for two of 8 bits, unless this is 1.
 # It changes no result on others.
 EXACT = "session.x64quantprecision"
-# OpenVINO does so too, and nothing changes it; two products of a byte and an integer of 7 bits do fit.
-FITTING_BITS = 7
+# OpenVINO does so too, and nothing changes it. Two products fit unless both operands have all bits of a byte.
+BYTE_BITS = 8
 OVERFLOW = "OpenVINO adds two products in 16 bits there, which is too few; ONNX Runtime can add in 32 (--to onnx alone)"
 SERIOUS = 3  # what ONNX Runtime logs: errors
 MOST_NAMES = 4  # of layers, in a message
@@ -135,19 +135,21 @@ def overflow_words(network: nn.Module, flavour: str | None) -> str:
         return ""
     wide = []
     for name, layer in Q.quant_layers(network).items():
-        bits = layer.weight_bits
-        if bits is not None and layer.scheme.integer_weight_bits(bits) > FITTING_BITS:
+        # Of 16 bits, or in float, a layer isn't computed in bytes.
+        if layer.weight_bits is None or layer.activation_bits != BYTE_BITS:
+            continue
+        if layer.scheme.integer_weight_bits(layer.weight_bits) == BYTE_BITS:
             wide.append(name)
     if not wide:
         return ""
-    layers = join_words(wide)
+    layers = join_words(wide[:MOST_NAMES])
     if len(wide) > MOST_NAMES:
         layers = f"{', '.join(wide[:MOST_NAMES])} and {len(wide) - MOST_NAMES} more"
-    return f"weights of {layers} are integers of more than {FITTING_BITS} bits: {OVERFLOW}"
+    return f"weights and inputs of {layers} are integers of 8 bits: {OVERFLOW}"
 
 
 def overflows_here(network: nn.Module, flavour: str | None) -> str:
-    """Say why a runtime's sums may be wrong on this processor, to be put behind what is wrong; nothing if they are right.
+    """Say why a runtime's sums may be wrong on this processor, to be put behind what is wrong; nothing if that can't be why.
 
     Args:
         network: The quantized network.
@@ -158,7 +160,7 @@ def overflows_here(network: nn.Module, flavour: str | None) -> str:
     """
     words = overflow_words(network, flavour)
     if words and lacks_vnni():
-        return f" (this processor has no VNNI, and {words})"
+        return f" (this processor has no VNNI, which may be why: {words})"
     return ""
 
 

@@ -109,7 +109,7 @@ def test_biases_beyond_32_bits_and_channels_without_a_factor(tmp_path: Path) -> 
     written(made, x, tmp_path / "net.onnx")
 
 
-@pytest.mark.parametrize("bits", [(8, 8), (7, 8), (4, 3)])
+@pytest.mark.parametrize("bits", [(8, 8), (7, 8), (8, 7), (4, 3)])
 @pytest.mark.parametrize("residuals", [True, False])
 def test_openvino_computes_every_layer_in_integers(bits: Any, residuals: bool, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
@@ -119,7 +119,8 @@ def test_openvino_computes_every_layer_in_integers(bits: Any, residuals: bool, t
     if bits == (8, 8) and lacks_vnni():
         export(capture(made, x), made, path, "openvino")
         found = verify(path, made, x)
-        assert not found.fault or "this processor has no VNNI, and weights of stem, blocks.0.first" in found.fault
+        # Its sums may overflow here. That nothing else is wrong is held by 7 bits of either operand.
+        assert found.same_answers >= 0.9
     else:
         found = written(made, x, path, "openvino")
     assert found.flavour == "openvino"
@@ -149,16 +150,26 @@ def test_a_file_that_overflows_here_is_refused_with_the_reason(tmp_path: Path, m
     assert "VNNI" not in plain
     information.write_text("flags\t: avx2 bmi2\n")
     assert verify(path, made, x).fault == (
-        f"{plain} (this processor has no VNNI, and weights of stem, blocks.0.first, blocks.0.second, blocks.1.first and 2 "
-        f"more are integers of more than 7 bits: {OVERFLOW})"
+        f"{plain} (this processor has no VNNI, which may be why: weights and inputs of stem, blocks.0.first, "
+        f"blocks.0.second, blocks.1.first and 2 more are integers of 8 bits: {OVERFLOW})"
     )
 
 
-@pytest.mark.parametrize(("scheme", "bits", "wide"), [("linear", 7, False), ("linear", 8, True), ("dorefa", 7, True)])
-def test_what_overflows_is_told_by_the_integers_of_weights(scheme: str, bits: int, wide: bool) -> None:
-    """Those of dorefa have a bit more than its widths."""
+@pytest.mark.parametrize(
+    ("scheme", "bits", "wide"),
+    [
+        ("linear", (7, 8), False),
+        ("linear", (8, 8), True),
+        ("linear", (8, 7), False),
+        ("dorefa", (7, 8), True),  # its integers have a bit more than its widths
+        ("linear", (16, 8), False),  # computed in float, as the next two
+        ("linear", (8, 16), False),
+        ("linear", (8, None), False),
+    ],
+)
+def test_what_overflows_is_told_by_the_integers_of_both_operands(scheme: str, bits: Any, wide: bool) -> None:
     network, x = small()
-    made = quantized(network, x, (bits, 8), False, scheme)
+    made = quantized(network, x, bits, False, scheme)
     assert bool(overflow_words(made, "openvino")) == wide
     assert not overflow_words(made, None)
 
