@@ -16,6 +16,7 @@ import quantizers as Q
 from haq.deployment.onnx_any import package
 from haq.deployment.onnx_integers import FLAVOUR
 from haq.deployment.onnx_verify import Array, Runner, read_model
+from haq.deployment.program import BYTE_BITS
 from hw_models.extras import install_line
 from hw_models.measured.processor import lacks_vnni
 from hw_models.registry import join_words
@@ -31,7 +32,6 @@ BYTES = ("u8", "i8")
 # It changes no result on others.
 EXACT = "session.x64quantprecision"
 # OpenVINO does so too, and nothing changes it. Two products fit unless both operands have all bits of a byte.
-BYTE_BITS = 8
 OVERFLOW = "OpenVINO adds two products in 16 bits there, which is too few; ONNX Runtime can add in 32 (--to onnx alone)"
 SERIOUS = 3  # what ONNX Runtime logs: errors
 MOST_NAMES = 4  # of layers, in a message
