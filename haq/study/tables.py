@@ -185,7 +185,7 @@ def _bits_words(problem: Problem) -> str:
 
 
 def _layers_of_one_value(problem: Problem) -> list[str]:
-    """List the layers whose activations may get the one bit of a sign, and whose inputs were never negative."""
+    """List the layers whose inputs were never negative, and whose activations may get one bit that is a sign."""
     layers = Q.quant_layers(problem.evaluator.network)
     found = []
     for decision in problem.decisions:
@@ -193,7 +193,7 @@ def _layers_of_one_value(problem: Problem) -> list[str]:
             continue
         for index in decision.layers:
             name = problem.workload.names[index]
-            if isinstance(problem.schemes[name], Q.Binary) and not layers[name].signed:
+            if problem.schemes[name].has_signed_inputs(layers[name], 1) and not layers[name].signed:
                 found.append(name)
     return found
 
