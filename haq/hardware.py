@@ -319,12 +319,11 @@ def print_costs(console: Console, network: str, target: hw_models.Target, costs:
         costs: What the network's layers cost on it.
         pairs: Widths of weights and activations.
     """
+    from haq.store.units import counted
     from hw_models.guidelines import check
 
     workload = costs.workload
-    images = "1 image"
-    if costs.batch > 1:
-        images = f"{costs.batch} images"
+    images = counted(costs.batch, "images")
     names = [layer.name or "(network)" for layer in workload.layers]
     macs = [f"{layer.macs / 1e6:.2f}" for layer in workload.layers]
     columns = [

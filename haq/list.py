@@ -21,6 +21,7 @@ from haq.console.options import argument, option, output_options
 from haq.console.output import Output
 from haq.console.tables import new_table, plain, say
 from haq.console.values import TEXT, ChoiceType
+from haq.store.units import counted
 from hw_models.registry import Row
 
 
@@ -137,7 +138,7 @@ def print_names(console: Console, library: str, names: list[str]) -> None:
     """
     if not names:
         return
-    console.print(plain(f"{library}, {len(names)} networks"), style="italic")
+    console.print(plain(f"{library}, {counted(len(names), 'networks')}"), style="italic")
     console.print(Columns([plain(name) for name in names], padding=(0, 2)))
 
 

@@ -23,7 +23,7 @@ from haq.console.progress import follow_training, progress
 from haq.console.tables import Column, key_table, print_columns, say
 from haq.console.values import FOLDER, INTEGER, TextType
 from haq.store.files import ATTACKED, ROBUSTNESS
-from haq.store.units import percent
+from haq.store.units import counted, percent
 from haq.study.attack_config import AttackConfig
 from haq.study.config import FOLDERS, WORK
 
@@ -202,7 +202,7 @@ def print_accuracies(console: Console, record: RobustnessRecord) -> None:
         if network.masked:
             worst = f"<= {worst}"
         columns.append(Column(name, [*cells, worst], "right"))
-    title = f"{record.network} on {record.images:,} images of {record.data}, {record.threat}"
+    title = f"{record.network} on {counted(record.images, 'images')} of {record.data}, {record.threat}"
     print_columns(console, f"Accuracy, measured: {title}", columns, totals=1)
 
 

@@ -24,7 +24,7 @@ from haq.attacks.classifier import Classifier, JoinedMembers
 from haq.attacks.evaluation_attacks import noise, pgd, training_mode
 from haq.attacks.losses import cross_entropy, dlr_loss, zero_gradients
 from haq.attacks.threat_model import ThreatModel
-from haq.store.units import percent
+from haq.store.units import counted, percent
 
 SLACK = 0.002  # of the images: what AutoAttack lets a weaker attack find beyond a stronger one
 CHANGED = 0.01  # of the images: what more steps, or a larger ball, may change the other way
@@ -200,7 +200,8 @@ class MaskingChecks:
             accuracies.append(self.finished.figure(f"{STEPS}{count}", measure))
         self.progress.end()
         once, twice = accuracies
-        figures = f"{percent(once, 1)} after {steps}, {percent(twice, 1)} after {2 * steps}, of {len(given.images)} images"
+        images = counted(len(given.images), "images")
+        figures = f"{percent(once, 1)} after {steps}, {percent(twice, 1)} after {2 * steps}, of {images}"
         return Check("twice the steps change nothing", once - twice <= CHANGED + ROUNDING, figures)
 
     def enough(self, suite: Tensor, curve: Sequence[tuple[float, float]]) -> Check:
@@ -216,7 +217,9 @@ class MaskingChecks:
         left = share(suite)
         within = [value for eps, value in curve if eps <= self.threat.eps * (1 + ROUNDING)]
         least = min(*within, *(value for name, value in self.finished.figures.items() if name.startswith(STEPS)))
-        figures = f"{percent(left, 1)} left by all attacks, {percent(least, 1)} by plain PGD, of {len(suite)} images"
+        figures = (
+            f"{percent(left, 1)} left by all attacks, {percent(least, 1)} by plain PGD, of {counted(len(suite), 'images')}"
+        )
         return Check(ENOUGH, left - least <= ROUNDING, figures)
 
     def members(self, given: Labelled, suite: Tensor, passes: float) -> Iterator[Check]:
@@ -240,7 +243,8 @@ class MaskingChecks:
         found = self.finished.figure("members", measure)
         self.progress.end()
         left = share(suite)
-        figures = f"{percent(left, 1)} left by all attacks, {percent(found, 1)} by that, of {len(suite)} images"
+        images = counted(len(suite), "images")
+        figures = f"{percent(left, 1)} left by all attacks, {percent(found, 1)} by that, of {images}"
         yield Check(MEMBERS, left - found <= ROUNDING, figures)
 
     def unbounded(self, given: Labelled, passes: float) -> Check:

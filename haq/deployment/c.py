@@ -36,7 +36,7 @@ from haq.deployment.graph import Graph
 from haq.deployment.lowering import check_integers, lower
 from haq.deployment.program import BYTE_BITS, Convolution, Step, read_by, written_by
 from haq.store import files
-from haq.store.units import describe_bytes
+from haq.store.units import counted, describe_bytes
 
 FORMATS = "haq-c-"  # of any version
 FORMAT = f"{FORMATS}1"
@@ -293,7 +293,7 @@ class CExporter(Exporter):
         rows = answers.rows()
         of_own = f"{comparison.different:,}, {comparison.own:,} of them by an end in integers instead of float32"
         rows += [
-            ("integers that enter layers", f"{comparison.values:,}, of {len(samples.compared)} images"),
+            ("integers that enter layers", f"{comparison.values:,}, of {counted(len(samples.compared), 'images')}"),
             ("  other than in PyTorch", of_own),
         ]
         unequal = 0

@@ -48,7 +48,7 @@ from haq.deployment.lowering import check_integers, integer_activations, integer
 from haq.deployment.nodes import COMPUTED, is_own
 from haq.deployment.program import BYTE_BITS, Codes
 from haq.store.files import write
-from haq.store.units import describe_bytes
+from haq.store.units import counted, describe_bytes
 
 INSTALL = "pip install executorch"
 PT2, PTE = ".pt2", ".pte"
@@ -888,7 +888,7 @@ class ExecutorchExporter(Exporter):
             others = f"{integers.different:,}, by up to {integers.steps}"
         rows = [
             *found[path.name].rows(),
-            ("integers that enter layers", f"{integers.values:,}, of {len(samples.compared)} images"),
+            ("integers that enter layers", f"{integers.values:,}, of {counted(len(samples.compared), 'images')}"),
             ("  other than in PyTorch", others),
             ("size of the file", _size_words(path, network, samples.compared)),
         ]

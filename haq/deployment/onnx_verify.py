@@ -20,7 +20,7 @@ from haq.deployment.lowering import integer_activations
 from haq.deployment.onnx_any import package
 from haq.deployment.onnx_compact import layer_call
 from haq.deployment.program import Codes
-from haq.store.units import percent
+from haq.store.units import counted, percent
 
 BATCH = 64
 CHECKED = 4  # images on which a file is compared before it is put in its place
@@ -59,8 +59,9 @@ class Verification:
         by = ""
         if self.different:
             by = f", by up to {self.steps}"
+        images = counted(self.images, "images")
         return (
-            f"{self.flavour}: same answer on {percent(self.same_answers)} of {self.images} images, outputs differ by up to "
+            f"{self.flavour}: same answer on {percent(self.same_answers)} of {images}, outputs differ by up to "
             f"{self.output_difference:.3g} (the largest is {self.largest_output:.3g}); of {self.values} integers that enter "
             f"layers {self.different} differ{by}"
         )
@@ -75,7 +76,7 @@ class Verification:
             others = f"{self.different:,}, by up to {self.steps}"
         rows = (
             *answers.rows(),
-            ("integers that enter layers", f"{self.values:,}, of {self.images:,} images"),
+            ("integers that enter layers", f"{self.values:,}, of {counted(self.images, 'images')}"),
             ("  other than in PyTorch", others),
             *self.further,
         )

@@ -56,6 +56,7 @@ from haq.deployment.program import (
 )
 from haq.deployment.program import Epilogue as ProgramEpilogue
 from haq.store import npz
+from haq.store.units import counted
 from hw_models.tvm_cpu import builder, kernels, move, packing, steps
 from hw_models.tvm_cpu.builder import Code
 from hw_models.tvm_cpu.conv import Conv
@@ -956,7 +957,7 @@ class TvmExporter(Exporter):
             rows.append(("layers computed in float32", _some(in_float, len(program.layers))))
         of_own = f"{comparison.different:,}, {comparison.own:,} of them by a layer's own rounding"
         rows += [
-            ("integers that enter layers", f"{comparison.values:,}, of {len(samples.compared)} images"),
+            ("integers that enter layers", f"{comparison.values:,}, of {counted(len(samples.compared), 'images')}"),
             ("  other than in PyTorch", of_own),
             ("outputs other than the integer program's", f"{unequal:,} of {reference.size:,}"),
             ("constants in the file", _constants(deployed, policy_storage_bytes(network, samples.compared))),

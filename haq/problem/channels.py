@@ -34,6 +34,7 @@ from haq.problem.limits import Limit, PeakLimit
 from haq.problem.problem import NotAllowed, Problem
 from haq.problem.samples import Samples, outputs_of, samples_in
 from haq.problem.shares import read_shares, shares_words
+from haq.store.units import counted
 from hw_models import CostTable, Workload, trust
 from hw_models.metrics import PEAK
 from hw_models.storage import peak_activation_bytes
@@ -120,7 +121,8 @@ class ChannelProblem(Problem):
 
     def __repr__(self) -> str:
         """Say on one line what is searched."""
-        words = f"{len(self.channel_decisions)} groups of channels keep {shares_words(self.shares)} by {self.criterion.name}"
+        groups = counted(len(self.channel_decisions), "groups")
+        words = f"{groups} of channels keep {shares_words(self.shares)} by {self.criterion.name}"
         return f"{super().__repr__()[:-1]}, {words})"
 
     def _find_channels(self, example: Any) -> None:

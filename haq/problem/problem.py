@@ -65,7 +65,7 @@ from haq.problem.schemes import (
     roundings_by_layer,
     schemes_by_layer,
 )
-from haq.store.units import DOWN, PERCENT, UP, describe_amount, show
+from haq.store.units import DOWN, PERCENT, UP, counted, describe_amount, show
 from hw_models.cost import describe_pairs
 from hw_models.metrics import METRICS, PEAK, STORED_ONCE, UNITS
 from hw_models.notebook import html_table
@@ -353,16 +353,18 @@ class Problem:
     def __repr__(self) -> str:
         """Say on one line what is searched."""
         schemes = ", ".join(dict.fromkeys(scheme.name for scheme in self.schemes.values()))
+        layers = counted(len(self.workload), "layers")
         return (
-            f"Problem({len(self.workload)} layers on {self.target.name}, {self._budget_words()}, bits {self.widths.words}, "
+            f"Problem({layers} on {self.target.name}, {self._budget_words()}, bits {self.widths.words}, "
             f"scheme {schemes}, objective {self.objective.name}, float {show(self.float_accuracy, self.objective.unit)})"
         )
 
     def _repr_html_(self) -> str:
         """Make a table of it for a notebook."""
         schemes = ", ".join(dict.fromkeys(scheme.name for scheme in self.schemes.values()))
+        layers = counted(len(self.workload), "layers")
         rows = {
-            "network": f"{type(self.network).__name__}, {len(self.workload)} layers, {self.workload.macs / 1e6:.2f} M MACs",
+            "network": f"{type(self.network).__name__}, {layers}, {self.workload.macs / 1e6:.2f} M MACs",
             "target": f"{self.target.name}: {self.target.description}; {self.table.provenance}",
             "budget": self._budget_words(),
             "bits": self.widths.words,

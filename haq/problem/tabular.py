@@ -30,7 +30,7 @@ from haq.problem.paired import estimated_error
 from haq.problem.problem import FARTHEST, TOP, Problem
 from haq.problem.schemes import schemes_by_layer
 from haq.problem.table_file import UNKNOWN, TableFile, read
-from haq.store.units import DOWN, UNITS, UP, describe_amount, show
+from haq.store.units import DOWN, UNITS, UP, counted, describe_amount, show
 from hw_models.cost import CostTable
 from hw_models.metrics import UNITS as UNIT_OF
 from hw_models.notebook import html_table
@@ -265,14 +265,14 @@ class TabularProblem(Problem):
     def __repr__(self) -> str:
         """Say on one line what is searched."""
         return (
-            f"Problem({self.file.name}: {len(self.file.accuracy):,} policies of {len(self.workload)} layers on "
+            f"Problem({self.file.name}: {len(self.file.accuracy):,} policies of {counted(len(self.workload), 'layers')} on "
             f"{self.target.name}, {self._budget_words()}, bits {self.widths.words}, float "
             f"{show(self.float_accuracy, self.objective.unit)})"
         )
 
     def _repr_html_(self) -> str:
         rows = {
-            "table": f"{self.file.name}, {len(self.file.accuracy):,} policies of {len(self.workload)} layers",
+            "table": f"{self.file.name}, {len(self.file.accuracy):,} policies of {counted(len(self.workload), 'layers')}",
             "target": f"{self.target.name}: {self.target.description}; {self.table.provenance}",
             "budget": self._budget_words(),
             "bits": self.widths.words,

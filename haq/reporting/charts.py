@@ -39,7 +39,7 @@ from haq.reporting.heights import NOT_TO_SCALE, height_of, ticks_of, top_of
 from haq.reporting.reading import RunFolder
 from haq.store.history import HistoryRow, share_words
 from haq.store.records import ChannelsRecord, LayerChannels, LayerRecord, ProblemRecord
-from haq.store.units import NOTHING, begin, best_unit, metric_words, percent
+from haq.store.units import NOTHING, begin, best_unit, counted, metric_words, percent
 from hw_models.registry import join_words
 from hw_models.storage import BITS
 from hw_models.widths import FLOAT, pair_words, width_words
@@ -152,8 +152,8 @@ def _bits_say(run: RunFolder, costs: list[_Cost]) -> str:
     activations = [cost.activation_bits for cost in costs]
     least_w, most_w, least_a, most_a = map(width_words, (min(weights), max(weights), min(activations), max(activations)))
     says = (
-        f"{len(costs)} layers; weights have {least_w} to {most_w} bits, {statistics.mean(weights):.1f} on average, "
-        f"activations {least_a} to {most_a}, {statistics.mean(activations):.1f} on average."
+        f"{counted(len(costs), 'layers')}; weights have {least_w} to {most_w} bits, {statistics.mean(weights):.1f} on "
+        f"average, activations {least_a} to {most_a}, {statistics.mean(activations):.1f} on average."
     )
     if run.channels is not None:
         says += f" {begin(run.channels.words)}."
@@ -455,7 +455,8 @@ def _tried_says(run: RunFolder) -> str:
     """Say what the chart of everything tried shows."""
     problem, metric = run.problem, run.problem.metric
     inside = sum(one.within_budget for one in run.history)
-    says = f"{len(run.history):,} evaluations by {', '.join(_solvers(run))}, {inside:,} of them {_inside_words(problem)}. "
+    evaluations = counted(len(run.history), "evaluations")
+    says = f"{evaluations} by {', '.join(_solvers(run))}, {inside:,} of them {_inside_words(problem)}. "
     if cut := sum(not one.whole for one in run.history):
         says += f"{cut:,} ended early, and have the value of the {problem.samples_are} that were looked at. "
     if run.best is not None:
@@ -646,7 +647,7 @@ def convergence(run: RunFolder) -> Picture:
         mine = [one for one in run.history if one.solver == solver]
         better = list(_records(problem, mine))
         if not better:
-            says.append(f"{solver}: nothing within the budget in {mine[-1].evaluation} evaluations")
+            says.append(f"{solver}: nothing within the budget in {counted(mine[-1].evaluation, 'evaluations')}")
             continue
         for one in better:
             at = {"evaluation": one.evaluation, "y": rounded(problem.plotted(one.accuracy))}
@@ -706,7 +707,7 @@ def _cheapest_so_far(run: RunFolder) -> Picture:
         mine = [one for one in run.history if one.solver == solver]
         better = list(_records(problem, mine))
         if not better:
-            says.append(f"{solver}: nothing good enough in {mine[-1].evaluation} evaluations")
+            says.append(f"{solver}: nothing good enough in {counted(mine[-1].evaluation, 'evaluations')}")
             continue
         for one in better:
             at = {"evaluation": one.evaluation, "y": rounded(one.cost / size)}

@@ -34,7 +34,7 @@ from haq.reporting.drawing import (
 )
 from haq.reporting.reading import RunFolder
 from haq.store.records import FinishedSweepRecord, RobustnessRecord, SweepFound, SweepTarget, SweepUniform
-from haq.store.units import begin, best_unit, metric_words, percent
+from haq.store.units import begin, best_unit, counted, metric_words, percent
 from hw_models.registry import join_words
 
 YES_OR_NO = {True: "yes", False: "no"}
@@ -219,7 +219,8 @@ def attacked(found: RobustnessRecord) -> Picture:
         [finished(alt.layer(*layers), 300)],
         ["network", "eps", "accuracy under PGD"],
         [[str(row["network"]), f"{row['eps']:g}{after}", str(row["is"])] for row in curve],
-        f"Lines: PGD alone, on {first.curve_images:,} images. Stars: the worst case over all attacks, on {found.images:,}.",
+        f"Lines: PGD alone, on {counted(first.curve_images, 'images')}. Stars: the worst case over all attacks, on "
+        f"{found.images:,}.",
     )
 
 

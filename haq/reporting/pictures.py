@@ -25,7 +25,7 @@ from haq.store.records import (
     SweepFound,
     SweepTarget,
 )
-from haq.store.units import PERCENT, describe_amount, metric_words
+from haq.store.units import PERCENT, counted, describe_amount, metric_words
 from hw_models.registry import join_words
 from hw_models.widths import pair_words, width_of, width_words
 
@@ -286,7 +286,8 @@ def draw_robustness(found: RobustnessRecord, curve_steps: int) -> Figure:
     axes.text(0, chance + 1, "chance", color="grey", fontsize=8)
     axes.set(xlabel=f"eps, {scale} ({norm})", ylabel="accuracy, %", ylim=(0, 100), xlim=(0, None))
     axes.set_title(
-        f"Lines: PGD, {curve_steps} steps, {first.curve_images} images. Stars: worst case over all attacks\n"
+        f"Lines: PGD, {counted(curve_steps, 'steps')}, {counted(first.curve_images, 'images')}. "
+        "Stars: worst case over all attacks\n"
         "(triangles: an upper bound, gradients are masked)",
         fontsize=9,
     )

@@ -19,7 +19,7 @@ from haq.store.records import (
     ResultRecord,
     short_reference,
 )
-from haq.store.units import NOTHING, begin, kind_of_cost, metric_words, percent
+from haq.store.units import NOTHING, begin, counted, kind_of_cost, metric_words, percent
 from hw_models.registry import join_words
 
 WITHIN_YET = {False: "within the budget", True: "good enough"}  # by whether the cheapest policy is looked for
@@ -135,7 +135,7 @@ def _goal_sentences(result: ResultRecord) -> list[str]:
 def _so_far(run: RunFolder) -> str:
     done = sum(one.solver == run.solver for one in run.history)
     asked = run.config.evaluations
-    words = f"This run is not finished: {done} of at most {asked} evaluations by {run.solver} are there."
+    words = f"This run is not finished: {done} of at most {counted(asked, 'evaluations')} by {run.solver} are there."
     if run.best is None:
         return f"{words} None of them is {WITHIN_YET[run.problem.is_cheapest]} yet."
     problem, metric = run.problem, run.problem.metric
@@ -328,10 +328,10 @@ def _provenance(run: RunFolder) -> Section:
         f"Latency and energy: {target.provenance}, {target.description}, batch {target.batch}. {meaning}",
         "Storage: counted from the bits, with all that comes with the weights.",
     ]
-    counted = [limit.metric for limit in problem.further if limit.metric in COUNTED_IS]
+    metrics = [limit.metric for limit in problem.further if limit.metric in COUNTED_IS]
     if problem.metric in COUNTED_IS:
-        counted.insert(0, problem.metric)
-    sentences += [f"{begin(metric_words(metric))}: counted; {COUNTED_IS[metric]}." for metric in dict.fromkeys(counted)]
+        metrics.insert(0, problem.metric)
+    sentences += [f"{begin(metric_words(metric))}: counted; {COUNTED_IS[metric]}." for metric in dict.fromkeys(metrics)]
     if problem.objective_is != problem.objective_title:
         sentences.insert(1, f"Policies are judged by: {problem.objective_is}.")
     return Section("What is estimated, what is measured", sentences=sentences)

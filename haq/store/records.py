@@ -32,6 +32,7 @@ from haq.store.files import kind_of, quoted
 from haq.store.units import (
     NOTHING,
     PERCENT,
+    counted,
     describe_amount,
     held_against,
     kind_of_cost,
@@ -590,8 +591,8 @@ class PruningRecord(Record):
         shares = sorted({share for group in self.groups for share in group.shares})
         channels = sum(group.channels for group in self.groups)
         words = (
-            f"{shares_words(shares)} of the channels of {len(self.groups)} groups ({channels:,} channels), chosen by "
-            f"{self.criterion}"
+            f"{shares_words(shares)} of the channels of {counted(len(self.groups), 'groups')} ({channels:,} channels), "
+            f"chosen by {self.criterion}"
         )
         if self.fixed:
             words += f"; {len(self.fixed)} groups keep all of theirs"
@@ -660,7 +661,8 @@ class ChannelsRecord(Record):
     @property
     def words(self) -> str:
         """Say it in a sentence, without a full stop."""
-        parts = [f"{self.kept:,} of {self.of_channels:,} channels kept ({self.pruned} of {self.groups} groups pruned)"]
+        groups = counted(self.groups, "groups")
+        parts = [f"{self.kept:,} of {counted(self.of_channels, 'channels')} kept ({self.pruned} of {groups} pruned)"]
         if self.pruned:
             parts[0] += f", chosen by {self.criterion}"
         parts.append(f"{self.macs / 1e6:.4g} of {self.of_macs / 1e6:.4g} M MACs")
@@ -1410,10 +1412,10 @@ class SharedRecord(Record):
         """Say it in a sentence, without a full stop."""
         given = ""
         if self.known:
-            given = f", and {self.known:,} trials of earlier searches"
+            given = f", and {counted(self.known, 'trials')} of earlier searches"
         return (
-            f"{self.solver}, seed {self.seed}: {self.searches} searches shared {self.evaluations:,} evaluations{given}; one "
-            f"alone may evaluate {self.alone:,}"
+            f"{self.solver}, seed {self.seed}: {self.searches} searches shared {counted(self.evaluations, 'evaluations')}"
+            f"{given}; one alone may evaluate {self.alone:,}"
         )
 
 
@@ -1430,8 +1432,8 @@ class RacingRecord(Record):
         """Say it."""
         share = self.images / max(self.of_images, 1)
         return (
-            f"{self.cut:,} of {self.evaluations:,} evaluations ended early, as soon as it was clear that the policy can't be "
-            f"chosen: {100 * share:.0f} % of the work was done"
+            f"{self.cut:,} of {counted(self.evaluations, 'evaluations')} ended early, as soon as it was clear that the "
+            f"policy can't be chosen: {100 * share:.0f} % of the work was done"
         )
 
 

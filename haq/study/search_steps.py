@@ -26,7 +26,7 @@ from haq.solvers.contribution import Contribution, contribution
 from haq.solvers.sensitivity import COMPUTED, computed, evaluations_for_all
 from haq.store.files import ROBUSTNESS
 from haq.store.records import ResultRecord
-from haq.store.units import PERCENT, show
+from haq.store.units import PERCENT, counted, show
 from haq.study import result as summary
 from haq.study import tables
 from haq.study.channels import bits_only, is_joint
@@ -88,9 +88,9 @@ def _rivals_of(task: SearchTask) -> Rivals:
         return Rivals(names, CHEAP, f"{together} know sensitivities of kind {CHEAP}, which cost no evaluation")
     needed = evaluations_for_all(problem)
     if needed < task.evaluations:
-        beside = f"{needed} evaluations beside the search's own {task.evaluations}"
+        beside = f"{counted(needed, 'evaluations')} beside the search's own {task.evaluations}"
         return Rivals(names, words=f"{together} measure sensitivities together: {beside}")
-    too_long = f"to measure sensitivities for {together} would take {needed} evaluations, longer than the search"
+    too_long = f"to measure sensitivities for {together} would take {counted(needed, 'evaluations')}, longer than the search"
     return Rivals((), words=f"none: {too_long}; choose more --evaluations, or a --sensitivity that is there")
 
 

@@ -486,7 +486,7 @@ def solve(
         logger.warning(sentence)
     parts = spending(found, problem, evaluations, kind, given is not None, env)
     said = [*words_of(parts, evaluations), time_words(problem, evaluations)]
-    logger.info(f"{name}, {evaluations} evaluations: {'; '.join(filter(None, said))}")
+    logger.info(f"{name}, {counted(evaluations, 'evaluations')}: {'; '.join(filter(None, said))}")
     with _shown(problem.objective.title) as bar:
         line = bar.add_task(name, total=evaluations)
 

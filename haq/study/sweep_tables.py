@@ -59,7 +59,7 @@ def print_plan(console: Console, context: SweepContext, folder: Path | None, wor
         **pruning_words(task.problem),
         "metric": f"{metric_words(sweep.settings.metric)}, as a fraction of {_reference_of(context)}",
         **{f"on {hw}": _target_words(context, hw) for hw in context.tasks},
-        "solvers": f"{', '.join(sweep.solvers)}; {sweep.settings.evaluations} evaluations, {draws}",
+        "solvers": f"{', '.join(sweep.solvers)}; {counted(context.first.evaluations, 'evaluations')}, {draws}",
         "sensitivities": sensitivities,
         **_sharing_words(context),
         "searches": f"{len(context.cells())}, {workers}",
@@ -72,7 +72,7 @@ def _sharing_words(context: SweepContext) -> dict[str, str]:
     """Say of each solver whose searches learn from each other's trials how many evaluations these share."""
     found = {}
     for group in groups(context.cells()):
-        words = f"{len(group)} searches by {group[0].solver} share {evaluations_of(group, context):,} evaluations"
+        words = f"{len(group)} searches by {group[0].solver} share {counted(evaluations_of(group, context), 'evaluations')}"
         if context.sweep.seeds > 1:
             words += ", of each seed"
         found[group[0].solver] = words
