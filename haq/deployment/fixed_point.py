@@ -842,19 +842,19 @@ def compare(network: nn.Module, program: Program, fixed: FixedProgram, images: T
         layers.append(LayerDifference(name, q.size, *counts))
     real = expected.numpy().reshape(outputs.shape)
     same = outputs.argmax(1) == real.argmax(1)
-    fault = _fault(fixed, layers)
+    fault = _fault(fixed, layers, interpreter.between_layers(network))
     apart = float(np.abs(alone - reference).max())
     if not fault and not apart <= OUTPUT_SHARE * float(np.abs(reference).max()):
         fault = f"gives outputs that are off by {apart:.3g} from the float program's"
     return Comparison(tuple(layers), float(same.mean()), float(np.abs(outputs - real).max()), fault)
 
 
-def _fault(fixed: FixedProgram, layers: list[LayerDifference]) -> str:
-    """Say which layer gets integers that are off by more than a rounding from the float program's."""
+def _fault(fixed: FixedProgram, layers: list[LayerDifference], between: float) -> str:
+    """Say which layer gets integers that are off from the float program's by more than roundings make them."""
     inputs = {step.name: step.input for step in fixed.steps if isinstance(step, Convolution)}
     for layer in layers:
         codes = fixed.values[inputs[layer.layer]].representation
         assert isinstance(codes, Codes)
-        if layer.own_largest > codes.one_step:
+        if layer.own_largest > codes.one_step + between / codes.scale:
             return f"gives layer {layer.layer!r} integers that are off by up to {layer.own_largest} from the float program's"
     return ""

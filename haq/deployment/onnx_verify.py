@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq.deployment.answers import Answers
 from haq.deployment.exporter import Exporter, Verdict
-from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
+from haq.deployment.interpreter import OUTPUT_SHARE, between_layers, fake_quantized
 from haq.deployment.lowering import integer_activations
 from haq.deployment.onnx_any import package
 from haq.deployment.onnx_compact import layer_call
@@ -160,10 +160,7 @@ def compare(
     model = read_model(path)
     run = make_runner(model)
     held = held or network
-    # Where branches meet that are rounded on their own, each may be a step off, with the same integers before.
-    apart_between = 0.0
-    for quantizer in Q.residual_quantizers(held).values():
-        apart_between = max(apart_between, 2 * quantizer.scale)
+    between = between_layers(held)
     inputs = {}
     for name, layer in Q.quant_layers(held).items():
         if layer.activation_bits is not None:
@@ -201,7 +198,7 @@ def compare(
             steps = max(steps, int(gap.max()))
             of_image = gap.reshape(len(gap), -1).max(1)
             most = int(of_image[equal].max(initial=0))
-            if most > codes.one_step + apart_between / codes.scale:
+            if most > codes.one_step + between / codes.scale:
                 fault = fault or f"gives layer {name!r} integers that are off by up to {most}, from the same ones before"
             equal &= of_image == 0
         apart = float(np.abs(outputs - said)[equal].max(initial=0))

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import quantizers as Q
 from haq import deploy, search
+from haq.deployment import fixed_point
 from haq.deployment.exporter import AnySamples
 from haq.deployment.graph import capture
 from haq.deployment.interpreter import check, compare
 from haq.deployment.lowering import lower
 from haq.deployment.onnx_any import compare_any, export_any
-from haq.deployment.program import Fixed
+from haq.deployment.program import Convolution, Fixed, Program
 from hw_models.trust import trust
 from tests.conftest import enter, images
 from tests.quantizers.test_residual_quantizers import Net
@@ -54,6 +57,49 @@ def test_programs_of_integers_compute_what_was_evaluated(name: str, bits: int) -
     if bits == 8 and name == "residual":
         # Where a layer reads the tensor, its integers are the layer's own: nothing else is held of it.
         assert not any(isinstance(value.representation, Fixed) for value in program.values.values())
+
+
+class Coarse(nn.Module):
+    """What is added reaches far below zero, so that a step of its grid is several of the layer's that reads the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Conv2d(1, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.last = nn.Linear(8, 4)
+        with torch.no_grad():
+            self.second.weight.mul_(6)
+            self.second.bias.copy_(torch.linspace(-14, 0.5, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        x = torch.relu(self.second(x) + x)
+        return self.last(torch.relu(self.third(x)).mean((2, 3)))
+
+
+def moved(program: Program, layer: str, steps: float) -> Program:
+    """Move what a layer gives by steps of the grid on which it is rounded, as a tie does to one of its values."""
+    made = []
+    for step in program.steps:
+        if isinstance(step, Convolution) and step.name == layer:
+            (output,) = step.epilogue.outputs
+            offset = step.epilogue.offset + np.float32(steps / output.factor)
+            step = replace(step, epilogue=replace(step.epilogue, offset=offset))
+        made.append(step)
+    return replace(program, steps=tuple(made))
+
+
+def test_a_step_between_layers_may_be_several_of_the_layer_s() -> None:
+    network, x = Coarse().eval(), torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    inserted = Q.insert_residual_quantizers(network, x)
+    qnetwork = Q.quantize(inserted, Q.BitPolicy.uniform(network, w=8, a=8), calibrate=x).eval()
+    program = lower(capture(qnetwork, x), qnetwork, x)
+    for steps, refused in ((0, False), (1, False), (3, True)):
+        other = moved(program, "second", steps)
+        for found in (compare(qnetwork, other, x), fixed_point.compare(qnetwork, program, fixed_point.fixed_point(other), x)):
+            (third,) = (layer for layer in found.layers if layer.layer == "third")
+            assert third.own_largest >= 3 * steps
+            assert found.fault.startswith("gives layer 'third' integers that are off by up to") == refused
 
 
 def test_exporters_with_additions_in_float_are_refused() -> None:
