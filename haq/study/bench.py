@@ -383,9 +383,12 @@ def caption(bench: Bench) -> list[str]:
     """Say what the table of results shows."""
     rows = bench.rows()
     images = [row.image for row in rows if row.image is not None]
+    over_seeds = "."
+    if any(error is not None for row in rows for error in row.errors.values()):
+        over_seeds = "; mean and standard error over seeds."
     lines = [
         "Regret in points after so many evaluations: the best accuracy within the budget minus that of the best policy "
-        "evaluated, on the search images; mean and standard error over seeds."
+        f"evaluated, on the search images{over_seeds}"
     ]
     if images:
         one = f"{min(images):.2g}"

@@ -77,6 +77,7 @@ def test_regret_is_that_of_the_best_within_the_budget(table: Path, capsys: pytes
     assert mean["regrets"]["9"] == pytest.approx((row["regrets"]["9"] + rows["made", "tight", "random"]["regrets"]["9"]) / 2)
     assert f"{row['regrets']['9']:.2f} ± {row['errors']['9']:.2f}" in printed.err
     assert "ilp: one search, as it draws nothing" in printed.err
+    assert "mean and standard error over seeds" in " ".join(printed.err.split())
 
 
 def measured(table: Path, workers: int | None) -> tuple[Bench, list[Asked]]:
@@ -137,6 +138,7 @@ def test_a_solver_that_finds_nothing_is_told(table: Path, capsys: pytest.Capture
     assert bench.main(["--solver", f"{__name__}:Dear", "--tables", str(table), "--evaluations", "4"]) == 0
     printed = capsys.readouterr().out
     assert "In 2 of its longest searches it found nothing within the budget" in printed
+    assert "standard error" not in " ".join(printed.split())  # --seeds is 1
     best = TabularProblem(table).best_value
     assert f"{100 * best:.2f}" in printed
 
