@@ -31,6 +31,7 @@ PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / 
 # The kind of `haq list` for each group of entry points.
 KINDS = {
     "quantizers.schemes": "schemes",
+    "quantizers.criteria": "criteria",
     "haq.targets": "targets",
     "haq.hardware_models": "hardware-models",
     "haq.solvers": "solvers",
@@ -98,6 +99,7 @@ def importable(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """The packages where Python finds them, and an empty current folder."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(installed)])
     monkeypatch.setattr(Q.Scheme, "known", dict(Q.Scheme.known))
+    monkeypatch.setattr(Q.pruning.Criterion, "known", dict(Q.pruning.Criterion.known))
     for _, _, _, place in POINTS:
         # Other tests have modules of these names.
         monkeypatch.setitem(sys.modules, place.partition(":")[0], None)  # so that what is there before, or nothing, comes back
@@ -136,6 +138,16 @@ def scheme(name: str) -> None:
     assert torch.equal(hidden.quantized_weight().abs().max(), hidden.weight.abs().max())
     with pytest.raises(ValueError, match="no inputs of 1 bit"):
         hidden.scheme.check(4, 1)
+
+
+def criterion(name: str) -> None:
+    network = small_network().eval()
+    (group, *_) = Q.channel_groups(network, images(2)).groups
+    small = Q.prune(network, {group.name: 0.5}, criterion=name, batches=[images(8)])
+    writer = network.get_submodule(group.writers[0])
+    scores = writer.weight.flatten(1)[:, 0].abs()  # type: ignore[union-attr, operator]
+    kept = scores.topk(group.channels // 2).indices.sort().values
+    assert torch.equal(small.get_submodule(group.writers[0]).bias, writer.bias[kept])  # type: ignore[index, arg-type]
 
 
 def target(name: str) -> None:
@@ -217,6 +229,7 @@ def data_source(name: str) -> None:
 
 USES: dict[str, Callable[[str], None]] = {
     "quantizers.schemes": scheme,
+    "quantizers.criteria": criterion,
     "haq.targets": target,
     "haq.hardware_models": hardware_model,
     "haq.solvers": solver,

@@ -23,7 +23,7 @@ from tests.commands.test_robustness_command import lessen
 from tests.hw_models.conftest import install
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("scheme", "model", "target", "solver", "objective", "attack", "exporter", "method", "net", "data")
+KINDS = ("scheme", "criterion", "model", "target", "solver", "objective", "attack", "exporter", "method", "net", "data")
 # What may be given for each option of a search: the name in the plug-in's pyproject.toml, or the place itself.
 NAMES = {
     "--network": "plugin_net",
@@ -133,6 +133,13 @@ def test_a_hardware_file_names_the_model_of_a_plug_in(plugin: Path, capsys: pyte
     # 8 x 4 x 4 x 9 + 16 x 2 x 2 x 72 + 64 x 16 + 16 x 4 products of 64 bits each, 64 a cycle at 100 MHz.
     assert "6,848 cycles" in shown
     assert call(search.main, "--hw", machine, *options({**NAMES, "--hw": machine}), *QUICK, "--dry-run") == 0
+
+
+def test_channels_are_kept_by_the_criterion_of_a_plug_in(plugin: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pruned = ["--prune", "0.5:1", "--criterion", "plugin_criterion", "--solver", "random"]
+    assert call(search.main, *JOB, *pruned, *QUICK, "--out", "pruned") == 0, capsys.readouterr().err
+    assert "chosen by plugin_criterion" in " ".join(capsys.readouterr().out.split())
+    assert "plugin_criterion" in Path("pruned/config.yaml").read_text()
 
 
 def test_what_is_named_alone_works_with_what_is_ours(plugin: Path, capsys: pytest.CaptureFixture[str]) -> None:
