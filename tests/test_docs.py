@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
+import quantizers as Q
 from haq.__main__ import main
 from haq.problem.table_file import shipped
 from haq.training.methods import METHODS, build_method
@@ -53,7 +55,12 @@ def test_the_page_on_pruning_runs_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", PRUNING, re.DOTALL)
+    ((name, content),) = re.findall(r"```python\n%%writefile (\S+)\n(.*?)```", PRUNING, re.DOTALL)
+    Path(name).write_text(content)
+    monkeypatch.setattr(Q.pruning.Criterion, "known", dict(Q.pruning.Criterion.known))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, Path(name).stem, raising=False)
+    blocks = re.findall(r"```python\n(?!%%)(.*?)```", PRUNING, re.DOTALL)
     assert len(blocks) == 3
     found: dict[str, object] = {}
     exec("".join(blocks), found)
