@@ -33,6 +33,7 @@ from haq import networks
 from haq.problem.evaluator import Evaluator
 from haq.solvers import sensitivity
 from haq.solvers.base import Session
+from haq.store.units import counted
 from haq.study.config import SearchConfig
 from haq.study.task import SearchTask
 
@@ -179,7 +180,8 @@ def main() -> None:
     lines += ["    OMP_NUM_THREADS=1 python -m experiments.evaluation_speed", ""]
     for case in cases():
         count = case.problem.evaluator.count
-        lines += [f"**{case.name}: {count:,} images, {torch.get_num_threads()} threads, medians of {case.rounds} rounds**", ""]
+        threads = counted(torch.get_num_threads(), "threads")
+        lines += [f"**{case.name}: {count:,} images, {threads}, medians of {case.rounds} rounds**", ""]
         lines += table(*measure(case))
     lines += [REASONS, import_times()]
     page = "\n".join(lines) + "\n"

@@ -3,7 +3,7 @@
     python -m experiments.max_drop [--drops 0.1 0.2 ...] [--solvers NAME ...] [--sweep NAME ...] [--budgets N] [--quick]
 
 `haq search --hw edge --max-drop DROP` on the default network, for every drop and solver, with the default number of
-evaluations, which measuring sensitivities is part of. Beside it, what a user would do without `--max-drop`: search within N
+evaluations; those that measure sensitivities count. Beside it, what a user would do without `--max-drop`: search within N
 budgets from the cheapest policy to uniform 8 bits, and take the cheapest of all policies that those searches evaluated whose
 drop is allowed. A sweep measures sensitivities once, and each of its searches has as many evaluations as one search for a
 drop. The bar is a cost within 2 % of the cheapest that any sweep has.

@@ -61,6 +61,7 @@ from haq.problem.table_file import UNKNOWN, TableFile, find, read
 from haq.problem.tabular import TabularProblem
 from haq.solvers import SOLVERS, random_search, sensitivity
 from haq.solvers.base import Session, Trial, solve
+from haq.store.units import counted
 from haq.study.config import SearchConfig
 from hw_models.widths import PLACES, WIDTHS
 
@@ -581,9 +582,8 @@ def main(arguments: list[str] | None = None) -> int:
     for line in made:
         console.print(line, markup=False, highlight=False)
     if out is not None:
-        setting = (
-            f"{seeds} seeds, {options.processes} searches at a time, one thread each; seconds are those of the search alone."
-        )
+        workers = counted(options.processes, "workers")
+        setting = f"{seeds} seeds, {workers} with one thread each; seconds are those of the search alone."
         command = " ".join([f"python -m experiments.{NAME}", *sys.argv[1:]])
         save(out, command, setting, outcomes, about, made)
         console.print(f"written: {out / NAME}.md, .csv and .png")

@@ -151,7 +151,7 @@ def page(job: Job, outcomes: Sequence[Outcome]) -> shared.Page:
     about = [
         f"four convolutions on {len(job.train):,} images of Fashion-MNIST, {job.epochs} epochs of the whole network, tested "
         f"on {len(job.test):,}",
-        "a pruned network that isn't trained further has no budget of its own; the fine-tuned one stands on the whole one's",
+        "the rows of pruned and fine-tuned networks leave out the training of the whole network, from which both start",
         *undertrained(outcomes),
     ]
     columns = ("channels", "network", "MACs of a sample", "steps", "MACs of the training, of the whole one's", "accuracy")

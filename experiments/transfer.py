@@ -1,4 +1,4 @@
-"""Whether an agent that was trained on other problems is of use on one that it never saw.
+"""What an agent that was trained on other problems is worth on a new one.
 
     python -m experiments.transfer [--problems NAME ...] [--seeds N] [--solver NAME] [--episodes N] [--synthetic N] [--quick]
 
@@ -213,7 +213,7 @@ def save(folder: Path, command: str, about: Sequence[str], outcomes: Sequence[Ou
     folder.mkdir(parents=True, exist_ok=True)
     table = [COLUMNS, ["---", "---", *["---:"] * (len(COLUMNS) - 2)], *rows(outcomes)]
     parts = [
-        "# Whether an agent that was trained on other problems is of use on one that it never saw",
+        "# What an agent that was trained on other problems is worth on a new one",
         f"Made by `experiments/{NAME}.py`, which says what is compared and how; every search is in `{NAME}.csv`.",
         f"    {command}",
         "\n".join(f"* {line}" for line in about),
