@@ -327,8 +327,8 @@ class SearchConfig(_Config):
     )
     ahead: int = setting(
         1,
-        "policies that agents, surrogate and evolution choose before they learn what the first of them is worth, so that "
-        "workers have something to do; results depend on it",
+        "policies that agents, surrogate, evolution and ilp --iterate choose before they learn what the first of them is "
+        "worth, so that workers have something to do; results depend on it",
         group=SOLVING,
         least=1,
     )
