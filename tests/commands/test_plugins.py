@@ -63,6 +63,7 @@ def plugin(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """The plug-in where Python finds it, and an empty current folder."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(installed)])
     monkeypatch.setattr(Q.Scheme, "known", dict(Q.Scheme.known))
+    monkeypatch.setattr(Q.Criterion, "known", dict(Q.Criterion.known))
     monkeypatch.chdir(tmp_path)
     return installed
 
