@@ -196,7 +196,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "whole"
 
 
-@pytest.mark.parametrize("after", [1, 7, 15, 17])  # at once, in the agent's policies, before its last, and in a rival's
+# In the agent's policies, and in a rival's; at once, and before the agent's last.
+@pytest.mark.parametrize("after", [7, 17, *(pytest.param(after, marks=pytest.mark.slow) for after in (1, 15))])
 def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(
     after: int, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,8 +165,8 @@ def test_the_default_network_at_even_bits(bits: int) -> None:
 @pytest.mark.parametrize(
     ("name", "bits", "scheme"),
     [
-        ("torchvision:resnet18", (1, 1), "binary"),
         # Small networks are at other bits, and of other schemes, below.
+        pytest.param("torchvision:resnet18", (1, 1), "binary", marks=pytest.mark.slow),
         pytest.param("torchvision:resnet18", (8, 8), Q.Linear(calibration="max"), marks=pytest.mark.slow),
         pytest.param("torchvision:resnet18", (3, 2), "lsq", marks=pytest.mark.slow),
         ("timm:mobilenetv2_100", (4, 6), "lsq"),

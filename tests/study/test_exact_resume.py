@@ -121,7 +121,14 @@ def test_the_state_of_an_agent_is_all_there(monkeypatch: pytest.MonkeyPatch) -> 
     assert {"draws", "numpy", "python", "torch"} <= set(state)
 
 
-def test_every_part_of_the_state_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("draws", "agent"),
+        pytest.param(("numpy", "torch", "updates", "counts", "episodes"), marks=pytest.mark.slow),  # a search for each of them
+    ],
+)
+def test_every_part_of_the_state_counts(parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """If a part weren't needed, or not restored, another one would do as well."""
     asked = [*HAQ, "--solver", "td3"]
     assert call(search.main, *asked, "--out", "whole") == 0
@@ -130,7 +137,7 @@ def test_every_part_of_the_state_counts(monkeypatch: pytest.MonkeyPatch) -> None
     shutil.copytree("cut", "right")
     assert call(search.main, "--resume", "right") == 0
     assert same("whole", "right") == []  # so that what differs below is the part's doing
-    for part in ("draws", "numpy", "torch", "agent", "updates", "counts", "episodes"):
+    for part in parts:
         shutil.copytree("cut", part)
         path = Path(part, "checkpoint/td3.state")
         state = torch.load(path, weights_only=True)

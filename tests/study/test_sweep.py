@@ -143,7 +143,7 @@ def test_the_number_of_workers_changes_nothing() -> None:
     assert [name for name in here if here[name] != there[name]] == []
 
 
-@pytest.mark.parametrize("after", [3, 50, 120])
+@pytest.mark.parametrize("after", [50, *(pytest.param(after, marks=pytest.mark.slow) for after in (3, 120))])
 def test_an_interrupted_sweep_goes_on_as_if_nothing_had_happened(
     after: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
