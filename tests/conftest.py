@@ -20,6 +20,10 @@ from torch import Tensor, nn
 
 import haq
 import quantizers as Q
+from tests import second_device
+
+# Torch learns of devices once, before it first computes a gradient: whichever tests are run, and in which order.
+second_device.register()
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 
